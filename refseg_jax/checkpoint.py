@@ -1,0 +1,150 @@
+"""Checkpoints: the only file that imports Orbax.
+
+A run's directory holds `checkpoints/last` (the whole train state, to resume) and
+`checkpoints/best` (variables of the best evaluation so far, to predict and evaluate), and beside
+them `config.json` and `tokenizer.json`, so the directory is all that inference needs.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+
+from refseg_jax.errors import UserError
+from refseg_jax.optim import path_name
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Checkpoints:
+    """The `last` and `best` checkpoints of one run. Use as a context manager: leaving waits."""
+
+    def __init__(self, workdir: str):
+        root = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.last = ocp.CheckpointManager(
+            root / "last", options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        )
+        self.best = ocp.CheckpointManager(
+            root / "best",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, create=True, best_fn=lambda m: m["score"], best_mode="max"
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.last.close()
+        self.best.close()
+
+    def save_last(self, state: Any) -> None:
+        """Saves the train state under its step (in the background)."""
+        step = int(state.step)
+        if step not in self.last.all_steps():
+            self.last.save(step, args=ocp.args.StandardSave(state))
+
+    def restore_last(self, abstract: Any) -> Any | None:
+        """The last train state, laid out as `abstract` (shapes with shardings); None if none."""
+        return _restore(self.last, abstract)
+
+    def best_score(self) -> tuple[int, float] | None:
+        """(step, score) of the best checkpoint, or None."""
+        step = self.best.best_step()
+        return None if step is None else (step, float(self.best.metrics(step)["score"]))
+
+    def save_best(self, step: int, variables: Any, score: float) -> bool:
+        """Saves `variables` if `score` beats every earlier one; says whether it did."""
+        held = self.best_score()
+        if held and (score <= held[1] or step == held[0]):
+            return False
+        # A run resumed from before its best may come by the same step with a better score.
+        self.best.save(
+            step, args=ocp.args.StandardSave(variables), metrics={"score": score}, force=True
+        )
+        self.best.wait_until_finished()
+        return True
+
+    def restore_best(self, abstract: Any) -> Any | None:
+        """The best variables, laid out as `abstract`; None if there are none yet."""
+        return _restore(self.best, abstract, self.best.best_step())
+
+
+def _restore(manager: ocp.CheckpointManager, abstract: Any, step: int | None = None) -> Any | None:
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        return None
+    where = f"{manager.directory}/{step}"
+    try:
+        saved = manager.item_metadata(step)
+        problems = _differences(saved, abstract)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"checkpoint {where} cannot be read: {e}") from e
+    if problems:
+        raise UserError(
+            f"checkpoint {where} does not fit this model ({len(problems)} differences, e.g. "
+            f"{'; '.join(problems[:3])}): use the config it was trained with, or another workdir"
+        )
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"checkpoint {where} is damaged: {str(e).splitlines()[0]}") from e
+
+
+def _differences(saved: Any, abstract: Any) -> list[str]:
+    """Paths and shapes in which a stored tree (Orbax metadata) and the wanted one differ."""
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {path_name(path): getattr(leaf, "shape", None) for path, leaf in leaves}
+
+    stored = shapes(getattr(saved, "tree", saved))
+    wanted = shapes(abstract)
+    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+    problems += [f"{name} is not in the model" for name in stored.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {stored[name]}, the model's is {wanted[name]}"
+        for name in wanted.keys() & stored.keys()
+        if stored[name] is not None and tuple(stored[name]) != tuple(wanted[name])
+    ]
+    return sorted(problems)
+
+
+def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    path.write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+    """The config a run was started with.
+
+    Raises:
+      UserError: `workdir` is not the directory of a run.
+    """
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(
+            f"{workdir} is not the directory of a run: it has no {CONFIG_FILE}"
+        ) from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+def load_variables(workdir: str, abstract: Any) -> Any:
+    """The best variables of the run in `workdir`, laid out as `abstract`.
+
+    Raises:
+      UserError: there are none, or they do not fit.
+    """
+    read_config(workdir)  # Fails first, and better, where `workdir` is no run at all.
+    with Checkpoints(workdir) as checkpoints:
+        variables = checkpoints.restore_best(abstract)
+    if variables is None:
+        raise UserError(f"{workdir} has no best checkpoint yet: train until the first evaluation")
+    return variables

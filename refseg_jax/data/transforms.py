@@ -1,0 +1,76 @@
+"""Pictures and masks between files, their own size, and the square the models see.
+
+Nothing here imports JAX: input workers run these functions, and must not touch an accelerator.
+"""
+
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from refseg_jax.errors import UserError
+
+# ImageNet statistics, the ones the published encoders were trained with.
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decodes a picture to uint8 [H, W, 3], RGB, turned upright by its EXIF orientation.
+
+    `size` is the (H, W) that annotations were drawn at. If only the picture as stored has that
+    size, it is left as stored: the annotations then refer to the stored orientation.
+
+    Raises:
+      UserError: the file is missing, not a picture, damaged, or not of the given size.
+    """
+    path = pathlib.Path(path)
+    try:
+        with Image.open(path) as file:
+            stored = file.convert("RGB")
+            upright = ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"no image file {path}") from None
+    # Pillow reports damage as OSError, SyntaxError or ValueError, depending on the format.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {path} as an image ({error}): replace the file") from error
+    if size is None:
+        return np.asarray(upright)
+    for image in (upright, stored):
+        if (image.height, image.width) == tuple(size):
+            return np.asarray(image)
+    raise UserError(
+        f"{path} is {stored.height} x {stored.width} (height x width), its annotations were drawn "
+        f"at {size[0]} x {size[1]}: use the original image"
+    )
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [size, size, 3]: bilinear, antialiased where it shrinks."""
+    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """bool [H, W] -> bool [size, size]: output pixel i takes input pixel floor(i * H / size)."""
+    height, width = mask.shape
+    steps = np.arange(size)
+    return mask[(steps * height // size)[:, None], steps * width // size]
+
+
+def resize_map(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """float [h, w] -> float32 [height, width]: bilinear with half-pixel centres.
+
+    Brings a predicted map to a picture's own size (antialiased in the rare case that it shrinks).
+    """
+    image = Image.fromarray(np.asarray(values, np.float32))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def normalize(image):
+    """[..., 3] in 0 .. 255 -> float32 [..., 3] with ImageNet's mean and deviation taken out.
+
+    Written with operators only, so it takes NumPy and JAX arrays alike.
+    """
+    return (image.astype(np.float32) / 255.0 - MEAN) / STD

@@ -1,0 +1,356 @@
+"""Sweeps a model over every sentence of a split and scores it.
+
+Two protocols are in use and their scores differ, so every result names its own:
+
+* `original`: the probabilities are warped back to the image's own size and compared there with
+  the mask as annotated (CRIS);
+* `input`: the comparison is made at the model's input size, with the mask resized by nearest
+  neighbour (LAVT, CrossVLT).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from refseg_jax.data import transforms
+from refseg_jax.data.pipeline import Batch, EvalBatches, train_iterator
+from refseg_jax.data.records import Sentence, Source
+from refseg_jax.data.tokenizer import Tokenizer
+from refseg_jax.errors import UserError
+from refseg_jax.metrics import NAMES, Counts, overlap
+from refseg_jax.predict import INPUTS, PredictFn
+
+PROTOCOLS = ("original", "input")
+CASES = ("best", "worst", "middle")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One scored sentence, to look at. The three arrays share H x W.
+
+    Attributes:
+      case: why it was picked, one of CASES.
+      image: uint8 [H, W, 3].
+      truth, prediction: bool [H, W].
+    """
+
+    case: str
+    index: int
+    text: str
+    kind: str
+    iou: float
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Scores of one sweep, the same on every process.
+
+    Attributes:
+      counts: pixel counts of the M sentences, in source order.
+      kinds: the kind of each of the M expressions ("" = unknown); in the control, of the one
+        that belongs to the sample.
+      truncated: how many expressions were longer than the model reads.
+      shuffled: each image was given another one's expression (the control).
+      examples: cases to look at, from this process's share of the sentences.
+    """
+
+    name: str
+    split: str
+    protocol: str
+    threshold: float
+    shuffled: bool
+    truncated: int
+    seconds: float
+    counts: Counts
+    kinds: tuple[str, ...]
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def sentences(self) -> int:
+        return len(self.counts)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """oIoU, mIoU, P@0.5 .. P@0.9, in 0 .. 1."""
+        return self.counts.metrics()
+
+    @property
+    def by_kind(self) -> dict[str, Counts]:
+        return self.counts.by_kind(self.kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """About `limit` sentences out of all: whole batches, evenly spread."""
+
+    batches: EvalBatches
+    limit: int
+
+    def __len__(self) -> int:
+        return min(len(self.batches), -(-self.limit // self.batches.batch_size))
+
+    def __getitem__(self, k: int) -> Batch:
+        return self.batches[k * len(self.batches) // len(self)]
+
+
+def sentence(source: Source, j: int) -> Sentence:
+    """The j-th sentence of a source."""
+    i, k = source.locate(j)
+    return source[i].sentences[k]
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split over devices along its first axis only."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    # Devices may hold the same rows (replicas): keep one of each.
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def evaluate(
+    predict_fn: PredictFn,
+    variables: Any,
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    image_size: int,
+    max_tokens: int,
+    batch_size: int,
+    protocol: str = "original",
+    threshold: float = 0.5,
+    shuffle_text: bool = False,
+    limit: int | None = None,
+    keep_examples: int = 0,
+    put: Callable[[Mapping[str, np.ndarray]], Any] = jax.device_put,
+    get: Callable[[jax.Array], np.ndarray] = local_rows,
+    workers: int = 0,
+    threads: int = 2,
+    verbose: bool = True,
+) -> Result:
+    """Scores `predict_fn` on every sentence of every ref of `source`.
+
+    With several processes, each sweeps its own share of the sentences, and the counts of all are
+    gathered at the end; call it on all of them.
+
+    Args:
+      predict_fn: (variables, batch) -> probability [B, image_size, image_size], see
+        `predict.make_predict_step`.
+      source: the split to score on.
+      batch_size: sentences per step, over all processes.
+      protocol: "original" or "input", see the head of this file.
+      threshold: a pixel is foreground if its probability is above this.
+      shuffle_text: give each image another one's expression (the control).
+      limit: score only about that many sentences: whole batches, evenly spread; None or 0: all.
+      keep_examples: how many examples to keep of each case: best, worst, middle. None are kept
+        of shuffled expressions.
+      put: host batch -> device batch.
+      get: device probabilities -> this process's rows.
+      workers, threads: load batches ahead, see `pipeline.train_iterator`.
+      verbose: print a line with the scores to stderr. (A bar is drawn wherever that is a
+        terminal.)
+
+    Raises:
+      UserError: unknown protocol, an unreadable image or annotation, a batch size that the
+        processes do not divide, or expressions that cannot be shuffled.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"unknown scoring protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}")
+    begun = time.monotonic()
+    batches = EvalBatches(
+        source=source,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        shuffle_text_seed=0 if shuffle_text else None,
+    )
+    if limit:
+        batches = _Spread(batches, limit)
+    loaded = train_iterator(batches, workers=workers, threads=threads)
+    label = f"{source.name}/{source.split}{' (shuffled expressions)' if shuffle_text else ''}"
+    keep_examples = 0 if shuffle_text else keep_examples
+    first_process = jax.process_index() == 0
+    rows, kept = [], {}
+    with tqdm(
+        total=len(batches),
+        desc=label,
+        unit="batch",
+        leave=False,
+        disable=not (first_process and sys.stderr.isatty()),
+    ) as bar:
+        for batch, probability in _predictions(predict_fn, variables, loaded, put, get):
+            for j, truth, values in zip(
+                batch["index"].tolist(), batch["mask"], probability, strict=True
+            ):
+                rows.append((j, 0, 0))
+                if j < 0:
+                    continue
+                if protocol == "original":
+                    truth = source.mask(source[source.locate(j)[0]])
+                    values = transforms.resize_map(values, *truth.shape)
+                mask = values > threshold
+                rows[-1] = (j, *overlap(mask, truth))
+                if keep_examples:
+                    kept[j] = zlib.compress(np.packbits(mask), 1)
+            bar.update()
+
+    counts = Counts.from_rows(_gather(np.asarray(rows, np.int32).reshape(-1, 3)))
+    sentences = [sentence(source, j) for j in counts.index.tolist()]
+    result = Result(
+        name=source.name,
+        split=source.split,
+        protocol=protocol,
+        threshold=threshold,
+        shuffled=shuffle_text,
+        truncated=sum(tokenizer.encode(s.text, max_tokens)[2] for s in sentences),
+        seconds=time.monotonic() - begun,
+        counts=counts,
+        kinds=tuple(s.kind for s in sentences),
+        examples=tuple(_examples(source, counts, kept, keep_examples, protocol, image_size)),
+    )
+    if first_process and verbose:
+        tqdm.write(_summary(label, result), file=sys.stderr)
+    return result
+
+
+def _predictions(predict_fn, variables, batches, put, get) -> Iterator[tuple[dict, np.ndarray]]:
+    """(batch, probabilities), with the next batch dispatched before the last one is fetched."""
+    waiting = None
+    for batch in batches:
+        dispatched = predict_fn(variables, put({name: batch[name] for name in INPUTS}))
+        if waiting is not None:
+            yield waiting[0], get(waiting[1])
+        waiting = batch, dispatched
+    if waiting is not None:
+        yield waiting[0], get(waiting[1])
+
+
+def _gather(rows: np.ndarray) -> np.ndarray:
+    """int32 [n, 3] of this process -> those of all. n is the same on all: batches are padded."""
+    if jax.process_count() == 1:
+        return rows
+    return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, 3)
+
+
+def _examples(
+    source: Source,
+    counts: Counts,
+    kept: Mapping[int, bytes],
+    number: int,
+    protocol: str,
+    image_size: int,
+) -> Iterator[Example]:
+    """Best, worst, and random ones from between the quartiles, of different images if possible."""
+    at_hand = counts.select(np.isin(counts.index, list(kept)))
+    # Ties (many sentences score 0) are broken at random, the same way every time.
+    order = np.random.default_rng(0).permutation(len(at_hand))
+    order = order[np.argsort(at_hand.iou[order], kind="stable")]
+    quarter = len(order) // 4
+    middle = np.random.default_rng(1).permutation(order[quarter : len(order) - quarter])
+    taken, seen = set(), set()
+    for case, ranking in zip(CASES, (order[::-1], order, middle), strict=True):
+        picked = []
+        for repeat_images in (False, True):
+            for position in ranking:
+                j = int(at_hand.index[position])
+                image_id = source[source.locate(j)[0]].image_id
+                if len(picked) == number:
+                    break
+                if j in taken or (image_id in seen and not repeat_images):
+                    continue
+                picked.append((j, float(at_hand.iou[position])))
+                taken.add(j)
+                seen.add(image_id)
+        for j, iou in picked:
+            ref = source[source.locate(j)[0]]
+            image, truth = source.image(ref), source.mask(ref)
+            if protocol == "input":
+                image = transforms.resize_image(image, image_size)
+                truth = transforms.resize_mask(truth, image_size)
+            bits = np.frombuffer(zlib.decompress(kept[j]), np.uint8)
+            mask = np.unpackbits(bits, count=truth.size).astype(bool).reshape(truth.shape)
+            said = sentence(source, j)
+            yield Example(case, j, said.text, said.kind, iou, image, truth, mask)
+
+
+def _summary(label: str, result: Result) -> str:
+    scores = result.metrics
+    text = (
+        f"{label}: {result.sentences} sentences in {result.seconds:.1f} s, "
+        f"mIoU {scores['mIoU']:.4f}, oIoU {scores['oIoU']:.4f} ({result.protocol} size)"
+    )
+    return text + (f", {result.truncated} expressions truncated" if result.truncated else "")
+
+
+def table_rows(results: Mapping[str, Result]) -> Iterator[tuple[str, str, int, dict[str, float]]]:
+    """(split, kind, sentences, metrics): a row with kind "" per result, its kinds beneath it."""
+    for split, result in results.items():
+        yield split, "", result.sentences, result.metrics
+        for kind, counts in result.by_kind.items():
+            yield split, kind, len(counts), counts.metrics()
+
+
+def percent(value: float) -> str:
+    """0.6213 -> "62.13"; no number -> "-"."""
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def format_table(results: Mapping[str, Result]) -> str:
+    """Plain-text table, scores in percent: one row per split, its kinds of expression beneath."""
+    lines = [("split", "sentences", *NAMES)]
+    for split, kind, count, scores in table_rows(results):
+        label = f"  {kind}" if kind else split
+        lines.append((label, str(count), *(percent(scores[name]) for name in NAMES)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Everything of a result but the pictures and the single sentences."""
+
+    def scores(counts: Counts) -> dict[str, Any]:
+        # JSON has no NaN.
+        values = {k: None if math.isnan(v) else v for k, v in counts.metrics().items()}
+        return {"sentences": len(counts), **values}
+
+    return {
+        "dataset": result.name,
+        "split": result.split,
+        "protocol": result.protocol,
+        "threshold": result.threshold,
+        "shuffled": result.shuffled,
+        "truncated": result.truncated,
+        "seconds": round(result.seconds, 2),
+        **scores(result.counts),
+        "by_kind": {kind: scores(counts) for kind, counts in result.by_kind.items()},
+    }
+
+
+def write_json(path: str | os.PathLike, results: Mapping[str, Result], **more: Any) -> None:
+    """Writes {"results": {split: ...}, **more} as one JSON object."""
+    content = {**more, "results": {split: to_json(r) for split, r in results.items()}}
+    pathlib.Path(path).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,82 @@
+"""JSON lines, TensorBoard and a progress bar behind one small writer."""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The rows written so far; a last line cut off by a kill is left out."""
+    path = pathlib.Path(workdir) / METRICS_FILE
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class MetricWriter:
+    """Writes rows of scalars to `metrics.jsonl` and TensorBoard, and drives the progress bar.
+
+    Starts at `start_step`: rows after it (of a killed run that is being resumed) are dropped, so
+    the file reads as if the run had never been interrupted. Only the first process writes.
+    """
+
+    def __init__(self, workdir: str, start_step: int, total_steps: int, active: bool = True):
+        self.active = active
+        if not active:
+            return
+        path = pathlib.Path(workdir) / METRICS_FILE
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            # A log file gets a line now and then instead of a redrawn one.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        self._begun = time.time()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self.active:
+            self._bar.update(step - self._bar.n)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One row. The bar shows loss and images/s where the row has them."""
+        if not self.active:
+            return
+        row = {"step": step, **{name: float(value) for name, value in scalars.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        if "loss" in row:
+            self._bar.set_postfix_str(
+                f"loss={row['loss']:.4f} {row['images_per_second']:.1f} images/s", refresh=False
+            )
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, above the bar."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()

@@ -1,0 +1,38 @@
+"""Losses of masks, per sample and in float32."""
+
+import jax
+import jax.numpy as jnp
+
+
+def sigmoid_bce(logits: jax.Array, target: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """Binary cross-entropy, averaged over everything but the batch: float32 [B].
+
+    Args:
+        logits: [B,...], foreground where > 0.
+        target: bool [B,...].
+        weight: [B,...] of each pixel in the average; a sample of no weight has loss 0.
+    """
+    logits = logits.astype(jnp.float32)
+    loss = jax.nn.softplus(jnp.where(target, -logits, logits))
+    pixels = tuple(range(1, loss.ndim))
+    if weight is None:
+        return loss.mean(pixels)
+    total = weight.sum(pixels, dtype=jnp.float32)
+    return (weight * loss).sum(pixels) / jnp.where(total == 0, 1, total)
+
+
+def majority_downsample(mask: jax.Array, factor: int = 4) -> jax.Array:
+    """Labels of a grid `factor` times coarser, by majority: bool [B,H,W] -> [B,h,w].
+
+    h = ceil(H / factor), w = ceil(W / factor): beyond the right and bottom border there is
+    background. Of a tie the foreground, the rarer class, gets the block.
+    """
+    b, height, width = mask.shape
+    padded = jnp.pad(mask, ((0, 0), (0, -height % factor), (0, -width % factor)))
+    blocks = padded.reshape(b, padded.shape[1] // factor, factor, padded.shape[2] // factor, factor)
+    return 2 * blocks.sum((2, 4)) >= factor**2
+
+
+def masked_mean(per_sample: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean of `per_sample` [B] over the rows where `valid` bool [B]; 0 when there are none."""
+    return jnp.where(valid, per_sample, 0).sum() / jnp.maximum(valid.sum(), 1)

@@ -1,0 +1,235 @@
+"""Swin Transformer (Liu et al., 2021), usable stage by stage.
+
+The layout is the one of the dense-prediction codes (LAVT, CrossVLT, `SwinBackbone` of
+`transformers`): any input size, stage outputs taken before patch merging and not normalised.
+Arrays are channels-last, [B, h, w, C]. Parameters are float32; matrix products run in `dtype`;
+norms, attention logits and softmax are computed in float32.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from refseg_jax.models.layers.activations import gelu
+
+_INIT = nn.initializers.truncated_normal(stddev=0.02)
+# Flax's own variance, E[x²] - E[x]², cancels on the large activations of the late stages.
+_norm = functools.partial(nn.LayerNorm, 1e-5, use_fast_variance=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinConfig:
+    """Hyperparameters; the defaults are Swin-B with window 12.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        embed_dim: channels of the first stage; each later stage has twice as many.
+        depths: blocks per stage. Their number is the number of stages.
+        num_heads: attention heads per stage.
+        window: side of an attention window, in cells of the feature map.
+        mlp_ratio: hidden width of a block's feed-forward, in multiples of its channels.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        shift_small_maps: whether blocks shift their windows also where the map's smaller side
+            fits into one window. True is what the dense-prediction codes do; False is what image
+            classifiers (Microsoft's, `SwinModel`) are trained with. The map is padded to the
+            window either way.
+        remat: recompute each block in the backward pass instead of storing its activations.
+    """
+
+    patch_size: int = 4
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: int = 12
+    mlp_ratio: float = 4
+    drop_path: float = 0.3
+    shift_small_maps: bool = True
+    remat: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage's output."""
+        return tuple(self.embed_dim * 2**i for i in range(len(self.depths)))
+
+
+def _shift_regions(h: int, w: int, window: int, shift: int) -> np.ndarray:
+    """Which cells were neighbours before the cyclic shift: equal numbers, int32 [windows, window²].
+
+    After the shift the last window of an axis holds cells from both ends of the map: the axis has
+    three regions, cut at `window` and at `shift` cells before its end.
+    """
+
+    def axis(n: int) -> np.ndarray:
+        cell = np.arange(n, dtype=np.int32)
+        return (cell >= n - window) + np.int32(cell >= n - shift)
+
+    regions = 3 * axis(h)[:, None] + axis(w)
+    regions = regions.reshape(h // window, window, w // window, window)
+    return regions.transpose(0, 2, 1, 3).reshape(-1, window * window)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside non-overlapping windows, with relative position bias.
+
+    `__call__(x [B, h, w, C], regions int [windows, window²] or None) -> [B, h, w, C]`; h and w are
+    multiples of `window`. Cells of different regions do not attend to each other.
+    """
+
+    heads: int
+    window: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, regions: np.ndarray | None) -> jax.Array:
+        B, h, w, C = x.shape
+        heads, win, d = self.heads, self.window, C // self.heads
+        rows, cols, cells = h // win, w // win, win * win
+
+        # Projecting the whole map first makes one large matrix product; a single transpose then
+        # splits windows and heads at once, into batched products over one merged leading axis.
+        qkv = nn.Dense(3 * C, dtype=self.dtype, kernel_init=_INIT, name="qkv")(x)
+        qkv = qkv.reshape(B, rows, win, cols, win, 3, heads, d).transpose(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, B * rows * cols * heads, cells, d)
+
+        logits = jnp.matmul(q * d**-0.5, k.mT, preferred_element_type=jnp.float32)
+        logits = logits.reshape(B, rows * cols, heads, cells, cells) + self._position_bias()
+        if regions is not None:
+            same = regions[:, None, :, None] == jnp.asarray(regions)[:, None, None, :]
+            logits += jnp.where(same, 0.0, -100.0)
+        weights = jax.nn.softmax(logits).astype(self.dtype)
+
+        y = jnp.matmul(weights.reshape(-1, cells, cells), v)
+        y = y.reshape(B, rows, cols, heads, win, win, d).transpose(0, 1, 4, 2, 5, 3, 6)
+        return nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y.reshape(x.shape))
+
+    def _position_bias(self) -> jax.Array:
+        """Bias of query cell (i, j) on key cell (p, q), float32 [heads, window², window²].
+
+        The table is indexed by (i - p, j - q). Products with one-hot constants, one per axis,
+        pick the same numbers as a gather would, and their gradient is not a scatter.
+        """
+        win, span = self.window, 2 * self.window - 1
+        table = self.param("bias_table", _INIT, (span * span, self.heads))
+        cell = np.arange(win)
+        pick = np.eye(span, dtype=np.float32)[cell[:, None] - cell + win - 1]
+        bias = jnp.einsum(
+            "ipr,jqs,rsn->nijpq",
+            pick,
+            pick,
+            table.reshape(span, span, self.heads),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return bias.reshape(self.heads, win * win, win * win)
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm window attention and feed-forward, each with a residual and stochastic depth.
+
+    `__call__(x [B, h, w, C], shift, train) -> [B, h, w, C]`, for any h and w; the windows lie
+    `shift` cells further down and right. Stochastic depth drops whole samples, with the random
+    stream "dropout".
+    """
+
+    heads: int
+    window: int
+    mlp_ratio: float
+    drop_path: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shift: int, train: bool) -> jax.Array:
+        _, h, w, C = x.shape
+        drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), deterministic=not train)
+
+        y = _norm(dtype=self.dtype, name="norm1")(x)
+        y = jnp.pad(y, ((0, 0), (0, -h % self.window), (0, -w % self.window), (0, 0)))
+        regions = _shift_regions(*y.shape[1:3], self.window, shift) if shift else None
+        y = jnp.roll(y, (-shift, -shift), (1, 2))
+        y = WindowAttention(self.heads, self.window, self.dtype, name="attention")(y, regions)
+        y = jnp.roll(y, (shift, shift), (1, 2))
+        x = x + drop_path(y[:, :h, :w])
+
+        y = _norm(dtype=self.dtype, name="norm2")(x)
+        y = nn.Dense(int(C * self.mlp_ratio), dtype=self.dtype, kernel_init=_INIT, name="fc1")(y)
+        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="fc2")(gelu(y))
+        return x + drop_path(y)
+
+
+class PatchMerging(nn.Module):
+    """Halves the map and doubles the channels: [B, h, w, C] -> [B, ceil(h/2), ceil(w/2), 2C]."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        B, h, w, C = x.shape
+        # Published weights order the four neighbours column by column.
+        x = x.reshape(B, h // 2, 2, w // 2, 2, C).transpose(0, 1, 3, 4, 2, 5)
+        x = _norm(dtype=self.dtype, name="norm")(x.reshape(B, h // 2, w // 2, 4 * C))
+        reduction = nn.Dense(
+            2 * C, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="reduction"
+        )
+        return reduction(x)
+
+
+class Swin(nn.Module):
+    """The encoder, whole or stage by stage from inside another module.
+
+    Parameters: `patch`, `patch_norm`, `blocks_{stage}_{block}`, `merges_{stage}`. The random
+    stream "dropout" is needed when `train` and `config.drop_path > 0`.
+    """
+
+    config: SwinConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        block = nn.remat(SwinBlock, static_argnums=(2, 3)) if c.remat else SwinBlock
+        rates = iter(np.linspace(0, c.drop_path, sum(c.depths)).tolist())
+        patch = (c.patch_size, c.patch_size)
+        self.patch = nn.Conv(
+            c.embed_dim, patch, patch, padding="VALID", dtype=self.dtype, kernel_init=_INIT
+        )
+        self.patch_norm = _norm(dtype=self.dtype)
+        self.blocks = [
+            [block(heads, c.window, c.mlp_ratio, next(rates), self.dtype) for _ in range(depth)]
+            for depth, heads in zip(c.depths, c.num_heads, strict=True)
+        ]
+        self.merges = [PatchMerging(self.dtype) for _ in c.depths[1:]]
+
+    def embed(self, image: jax.Array) -> jax.Array:
+        """Image [B, H, W, 3] -> normalised patches [B, ceil(H/patch), ceil(W/patch), embed_dim].
+
+        The image is padded with zeros on the right and at the bottom to whole patches.
+        """
+        p = self.config.patch_size
+        _, H, W, _ = image.shape
+        return self.patch_norm(
+            self.patch(jnp.pad(image, ((0, 0), (0, -H % p), (0, -W % p), (0, 0))))
+        )
+
+    def stage(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
+        """The blocks of stage `i`, counted from 0; shape [B, h, w, widths[i]] is kept."""
+        c = self.config
+        shifts = c.shift_small_maps or min(x.shape[1:3]) > c.window
+        for j, block in enumerate(self.blocks[i]):
+            x = block(x, c.window // 2 if shifts and j % 2 else 0, train)
+        return x
+
+    def merge(self, i: int, x: jax.Array) -> jax.Array:
+        """Patch merging after stage `i`; the last stage has none."""
+        return self.merges[i](x)
+
+    def __call__(self, image: jax.Array, train: bool = False) -> list[jax.Array]:
+        """Image [B, H, W, 3] -> each stage's output before merging, strides patch_size · 2^i."""
+        x = self.embed(image)
+        features = []
+        for i in range(len(self.config.depths)):
+            x = self.stage(i, self.merge(i - 1, x) if i else x, train)
+            features.append(x)
+        return features

@@ -1,0 +1,288 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR) and the encoder built from it."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refseg_jax.models.layers.positions import sine_positions
+from refseg_jax.models.layers.transformer import AddNorm, FeedForward
+
+Shapes = tuple[tuple[int, int], ...]
+
+# Up to this many positions over all levels, sampling is done as a matrix product. On a CPU that is
+# three times as fast at 336 positions, equally fast at 1344 and slower beyond, where the matrix
+# also outgrows the gathered rows (`benchmarks/deformable.py`).
+MATMUL_LIMIT = 1024
+
+
+def ms_deform_attn(
+    value: jax.Array,
+    spatial_shapes: Shapes,
+    sampling_locations: jax.Array,
+    attention_weights: jax.Array,
+    matmul_limit: int = MATMUL_LIMIT,
+) -> jax.Array:
+    """Weighted sum of values sampled bilinearly at P points on each of L levels.
+
+    A location (x, y) in [0, 1] spans a level from edge to edge (pixel centres at (i + 0.5) / size);
+    what lies outside counts as zero.
+
+    Args:
+        value: [B,S,M,D], M heads of D channels; the levels' pixels one after another, row by row.
+        spatial_shapes: (h, w) of each level, static; S = sum of h * w.
+        sampling_locations: float32 [B,Lq,M,L,P,2], last axis (x, y).
+        attention_weights: float32 [B,Lq,M,L,P].
+        matmul_limit: the largest S for which the matrix form is used.
+
+    Returns:
+        [B,Lq,M*D] in the dtype of `value`.
+
+    Raises:
+        ValueError: the levels do not add up to S.
+    """
+    b, s, m, d = value.shape
+    if sum(h * w for h, w in spatial_shapes) != s:
+        raise ValueError(f"levels {spatial_shapes} do not make up the {s} positions of the values")
+    index, weight = _bilinear_taps(spatial_shapes, sampling_locations, attention_weights)
+    sample = _sample_by_matmul if s <= matmul_limit else _sample_by_gather
+    # Mapped over images rather than flattened with them into one table of rows: a batch that is
+    # spread over devices then stays where it is.
+    out = jax.vmap(sample)(*(x.swapaxes(1, 2) for x in (value, index, weight)))
+    return out.swapaxes(1, 2).reshape(b, -1, m * d).astype(value.dtype)
+
+
+def _bilinear_taps(
+    spatial_shapes: Shapes, locations: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The K = 4LP pixels that each query and head reads: int32 and float32 [B,Lq,M,K]."""
+    height, width = np.array(spatial_shapes, np.int32).T[:, :, None]
+    start = np.cumsum(height * width, axis=0) - height * width
+    # Corner by corner, not by broadcasting over an axis of corners: the gradient of that is a sum
+    # over an axis of two, on which XLA's CPU backend (jaxlib 0.10) crashes for large arrays.
+    taps = [
+        (start + width * y + x, weights * y_weight * x_weight)
+        for y, y_weight in _linear_taps(locations[..., 1], height)
+        for x, x_weight in _linear_taps(locations[..., 0], width)
+    ]
+    index, weight = (jnp.stack(corners, axis=-1) for corners in zip(*taps, strict=True))
+    flat = (*index.shape[:3], -1)
+    return index.reshape(flat), weight.reshape(flat)
+
+
+def _linear_taps(location: jax.Array, size: np.ndarray) -> list[tuple[jax.Array, jax.Array]]:
+    """The two pixels around `location` [...,L,P] on axes of `size` [L,1], with their weights.
+
+    A pixel outside its axis becomes pixel 0 with weight 0.
+    """
+    position = location * size - 0.5
+    low = jnp.floor(position)
+    taps = []
+    for pixel, weight in (low, 1 - (position - low)), (low + 1, position - low):
+        inside = (pixel >= 0) & (pixel < size)
+        taps.append((jnp.where(inside, pixel, 0).astype(jnp.int32), jnp.where(inside, weight, 0)))
+    return taps
+
+
+# Without the checkpoint the backward pass would keep all gathered rows: K times the values.
+@jax.checkpoint
+def _sample_by_gather(value: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
+    """Sums the rows of `value` [M,S,D] that each query reads, of one image: [M,Lq,D]."""
+    heads, positions, width = value.shape
+    row = index + positions * np.arange(heads)[:, None, None]
+    rows = jnp.take(value.reshape(-1, width), row, axis=0, mode="clip")
+    return _contract("mqk,mqkd->mqd", weight, rows)
+
+
+def _sample_by_matmul(value: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
+    """As `_sample_by_gather`, with the weights [M,Lq,K] laid out as a matrix times `value`."""
+    heads, queries, _ = index.shape
+    shape = heads, queries, value.shape[1]
+    cell = index + shape[2] * np.arange(heads * queries).reshape(heads, queries, 1)
+    # In one dimension: the backward pass, a gather, is twice as fast on a CPU as in three.
+    matrix = jnp.zeros(math.prod(shape))
+    matrix = matrix.at[cell.ravel()].add(weight.ravel(), mode="promise_in_bounds")
+    return _contract("mqs,msd->mqd", matrix.reshape(shape), value)
+
+
+def _contract(spec: str, weight: jax.Array, value: jax.Array) -> jax.Array:
+    """A product in the dtype of `value` that adds up in float32."""
+    return jnp.einsum(spec, weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention: each query reads `points` places per head and level.
+
+    Where it reads and how much it weighs each place are linear functions of the query, in float32.
+    """
+
+    dim: int
+    heads: int
+    levels: int
+    points: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        query: jax.Array,
+        reference_points: jax.Array,
+        inputs: jax.Array,
+        spatial_shapes: Shapes,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """`query` [B,Lq,dim] over `inputs` [B,S,dim] -> [B,Lq,dim].
+
+        Args:
+            query: what decides the places and their weights.
+            reference_points: float32 [B or 1,Lq,L,2], (x, y) in [0, 1] on each level.
+            inputs: the levels' pixels one after another, row by row.
+            spatial_shapes: (h, w) of each level, static.
+            mask: bool [B,S], True = real; padding is read as zero.
+
+        Raises:
+            ValueError: `dim` is not a multiple of `heads`, or the levels do not add up to S.
+        """
+        if self.dim % self.heads:
+            raise ValueError(f"attention width {self.dim} is not a multiple of {self.heads} heads")
+        b, lq, _ = query.shape
+        xavier = nn.initializers.xavier_uniform()
+
+        value = nn.Dense(self.dim, dtype=self.dtype, kernel_init=xavier, name="value_proj")(inputs)
+        if mask is not None:
+            value = jnp.where(mask[..., None], value, 0)
+        value = value.reshape(b, -1, self.heads, self.dim // self.heads)
+
+        grid = (self.heads, self.levels, self.points)
+        offsets = nn.Dense(
+            2 * math.prod(grid),
+            dtype=jnp.float32,
+            kernel_init=nn.initializers.zeros,
+            bias_init=lambda *_: jnp.asarray(_ring(*grid)),
+            name="sampling_offsets",
+        )(query).reshape(b, lq, *grid, 2)
+        weights = nn.Dense(
+            math.prod(grid),
+            dtype=jnp.float32,
+            kernel_init=nn.initializers.zeros,
+            name="attention_weights",
+        )(query).reshape(b, lq, self.heads, -1)
+        weights = nn.softmax(weights).reshape(b, lq, *grid)
+
+        size = np.array(spatial_shapes, np.float32)[:, None, ::-1]
+        locations = reference_points[:, :, None, :, None] + offsets / size
+        out = ms_deform_attn(value, spatial_shapes, locations, weights)
+        return nn.Dense(self.dim, dtype=self.dtype, kernel_init=xavier, name="output_proj")(out)
+
+
+def _ring(heads: int, levels: int, points: int) -> np.ndarray:
+    """Initial offsets in pixels, float32 [heads * levels * points * 2].
+
+    Each head looks its own way, around the border of a square; point p lies p + 1 pixels out.
+    """
+    angle = 2 * math.pi * np.arange(heads) / heads
+    direction = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    direction /= np.abs(direction).max(axis=-1, keepdims=True)
+    distance = np.arange(1, points + 1)[:, None]
+    ring = np.broadcast_to(direction[:, None, None] * distance, (heads, levels, points, 2))
+    return ring.astype(np.float32).ravel()
+
+
+class DeformableEncoderLayer(nn.Module):
+    """`MSDeformAttn` of all levels over all levels, then a feed-forward block; post-norm."""
+
+    dim: int
+    heads: int
+    levels: int
+    points: int = 4
+    ffn_dim: int = 1024
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        position: jax.Array,
+        reference_points: jax.Array,
+        spatial_shapes: Shapes,
+        mask: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """`x` [B,S,dim] -> [B,S,dim]; `position` [S,dim] is added to the queries only.
+
+        `reference_points`, `spatial_shapes` and `mask` are those of `MSDeformAttn`.
+        """
+        attention = MSDeformAttn(
+            self.dim, self.heads, self.levels, self.points, self.dtype, name="attention"
+        )
+        update = attention(x + position, reference_points, x, spatial_shapes, mask)
+        x = AddNorm(self.dropout, self.dtype, name="attention_end")(x, update, train)
+        return FeedForward(self.dim, self.ffn_dim, self.dropout, self.dtype, name="feed_forward")(
+            x, train
+        )
+
+
+class DeformableEncoder(nn.Module):
+    """`layers` deformable layers over a pyramid of feature maps, as in Mask2Former.
+
+    Queries carry sine positions and a learned embedding of their level. `remat` recomputes each
+    layer in the backward pass instead of keeping its activations.
+    """
+
+    layers: int
+    dim: int
+    heads: int
+    points: int = 4
+    ffn_dim: int = 1024
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Sequence[jax.Array], train: bool = False) -> list[jax.Array]:
+        """Feature maps, each [B,h,w,dim], to as many of the same shapes, in the same order."""
+        shapes = tuple(f.shape[1:3] for f in features)
+        level_embedding = self.param(
+            "level_embedding", nn.initializers.normal(1.0), (len(shapes), self.dim)
+        )
+        position = jnp.concatenate(
+            [
+                sine_positions(*shape, self.dim) + level_embedding[i]
+                for i, shape in enumerate(shapes)
+            ]
+        )
+        reference_points = np.repeat(pixel_centres(shapes)[None, :, None], len(shapes), axis=2)
+
+        layer = DeformableEncoderLayer
+        if self.remat:
+            layer = nn.remat(layer, static_argnums=(4, 6))
+        x = jnp.concatenate([f.reshape(len(f), -1, self.dim) for f in features], axis=1)
+        for i in range(self.layers):
+            x = layer(
+                self.dim,
+                self.heads,
+                len(shapes),
+                self.points,
+                self.ffn_dim,
+                self.dropout,
+                self.dtype,
+                name=f"layer{i}",
+            )(x, position, reference_points, shapes, None, train)
+        ends = np.cumsum([h * w for h, w in shapes])[:-1]
+        return [
+            level.reshape(f.shape)
+            for level, f in zip(jnp.split(x, ends, axis=1), features, strict=True)
+        ]
+
+
+def pixel_centres(spatial_shapes: Shapes) -> np.ndarray:
+    """(x, y) in [0, 1] of every pixel of every level, float32 [S,2], row by row."""
+    levels = [
+        np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), axis=-1)
+        for h, w in spatial_shapes
+    ]
+    return np.concatenate([level.reshape(-1, 2) for level in levels]).astype(np.float32)

@@ -1,0 +1,79 @@
+"""Post-norm transformer blocks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from refseg_jax.models.layers.attention import MultiHeadAttention
+from refseg_jax.models.layers.mlp import MLP
+
+
+class AddNorm(nn.Module):
+    """The end of a post-norm block: `LayerNorm(x + dropout(update))`, shapes as they come in."""
+
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, update: jax.Array, train: bool = False) -> jax.Array:
+        update = nn.Dropout(self.dropout)(update, deterministic=not train)
+        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x + update)
+
+
+class FeedForward(nn.Module):
+    """Post-norm feed-forward block, `dim -> ffn_dim -> dim` with ReLU: [B,N,dim] -> [B,N,dim]."""
+
+    dim: int
+    ffn_dim: int
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        mlp = MLP((self.ffn_dim, self.dim), dropout=self.dropout, dtype=self.dtype, name="mlp")
+        return AddNorm(self.dropout, self.dtype, name="end")(x, mlp(x, train), train)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each ended by `AddNorm` (Vaswani et al.).
+
+    Positions are added to queries and keys, never to values.
+    """
+
+    dim: int
+    heads: int
+    ffn_dim: int
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: jax.Array,
+        memory: jax.Array,
+        query_positions: jax.Array | float = 0.0,
+        key_positions: jax.Array | float = 0.0,
+        memory_mask: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Updates `queries` [B,N,dim] from each other and from `memory` [B,S,dim].
+
+        Args:
+            queries: [B,N,dim].
+            memory: [B,S,dim], for instance the pixels of one feature map.
+            query_positions: broadcastable to `queries`; 0 for none.
+            key_positions: broadcastable to `memory`; 0 for none.
+            memory_mask: bool [B,S], True = real.
+            train: turns dropout on.
+        """
+
+        def attend(x: jax.Array, keys: jax.Array, values: jax.Array, name: str, mask=None):
+            attention = MultiHeadAttention(self.dim, self.heads, self.dtype, name=name)
+            update = attention(x + query_positions, keys, values, mask)
+            return AddNorm(self.dropout, self.dtype, name=f"{name}_end")(x, update, train)
+
+        x = attend(queries, queries + query_positions, queries, "self_attention")
+        x = attend(x, memory + key_positions, memory, "cross_attention", memory_mask)
+        return FeedForward(self.dim, self.ffn_dim, self.dropout, self.dtype, name="feed_forward")(
+            x, train
+        )

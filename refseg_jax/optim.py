@@ -1,0 +1,103 @@
+"""AdamW with schedules and with weight-decay and learning-rate groups by parameter path.
+
+A parameter's path is its keys joined by "/", e.g. `swin/stage0_block1/norm1/scale`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+from refseg_jax.errors import UserError
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A jax key path as a "/"-joined name."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callable:
+    """Step -> learning rate.
+
+    `config`: lr, schedule ("poly": lr * (1 - t)^power down to end_lr, "cosine", "constant"),
+    power, end_lr, warmup_steps (linear from 0), decay_steps (0: until the last step; after them
+    the rate stays at end_lr).
+    """
+    warmup = config.warmup_steps
+    decay = (config.decay_steps or total_steps) - warmup
+    if decay <= 0:
+        raise UserError(
+            f"config.optim.warmup_steps={warmup} leaves no steps to decay over: "
+            f"the run has {total_steps} steps"
+        )
+    if config.schedule == "poly":
+        main = optax.polynomial_schedule(config.lr, config.end_lr, config.power, decay)
+    elif config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.lr, decay, config.end_lr / config.lr)
+    elif config.schedule == "constant":
+        main = optax.constant_schedule(config.lr)
+    else:
+        raise UserError(
+            f"config.optim.schedule={config.schedule!r} is not one of poly, cosine, constant"
+        )
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), main], [warmup])
+
+
+def assign_groups(params: Any, groups: Any) -> Any:
+    """A tree like `params` that holds for every parameter the index of its group.
+
+    `groups` is an ordered sequence of (path regex, learning-rate factor, weight-decay factor);
+    the first regex that is found in the path wins, so each parameter is in exactly one group.
+
+    Raises:
+      UserError: a parameter matches no group, or a group matches no parameter.
+    """
+    patterns = [re.compile(pattern) for pattern, _, _ in groups]
+
+    def group_of(path, _):
+        name = path_name(path)
+        for i, pattern in enumerate(patterns):
+            if pattern.search(name):
+                return i
+        raise UserError(f"parameter {name} matches no entry of config.optim.groups")
+
+    labels = jax.tree_util.tree_map_with_path(group_of, params)
+    unused = set(range(len(patterns))) - set(jax.tree.leaves(labels))
+    if unused:
+        names = ", ".join(repr(groups[i][0]) for i in sorted(unused))
+        raise UserError(f"config.optim.groups: no parameter matches {names}")
+    return labels
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, params: Any, total_steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser for `params` (arrays or shapes) and its learning-rate schedule.
+
+    `config` (`config.optim`): what `make_schedule` reads, and b1, b2, eps, weight_decay,
+    clip_norm (global norm; 0: off), groups (see `assign_groups`; a learning-rate factor of 0
+    freezes the group).
+    """
+    schedule = make_schedule(config, total_steps)
+
+    def adamw(lr_factor, decay_factor):
+        if lr_factor == 0:
+            return optax.set_to_zero()
+        return optax.adamw(
+            lambda step: lr_factor * schedule(step),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=decay_factor * config.weight_decay,
+        )
+
+    transforms = {i: adamw(lr, decay) for i, (_, lr, decay) in enumerate(config.groups)}
+    tx = optax.multi_transform(transforms, assign_groups(params, config.groups))
+    if config.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    return tx, schedule

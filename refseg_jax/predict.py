@@ -1,0 +1,269 @@
+"""Image + expression -> mask. As a class (`Predictor`) and as a command:
+
+python -m refseg_jax.predict --workdir W --image photo.jpg --text "the dog on the left" [--out DIR]
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+from refseg_jax import pictures
+from refseg_jax.data import transforms
+from refseg_jax.data.tokenizer import Tokenizer
+from refseg_jax.errors import UserError
+from refseg_jax.models.layers.resize import resize_bilinear
+
+INPUTS = ("image", "tokens", "token_mask")  # What of a batch the model sees.
+
+PredictFn = Callable[[Any, Mapping[str, Any]], jax.Array]
+
+
+def make_predict_step(model: nn.Module, out_sharding: Any = None) -> PredictFn:
+    """Jitted forward pass: (variables, batch) -> foreground probability f32 [B, H, W].
+
+    The batch holds `image` uint8 [B, H, W, 3], `tokens` int32 [B, T] and `token_mask` bool [B, T];
+    anything else in it is ignored. Probabilities are at the image's size. On a mesh,
+    `out_sharding` should be the batch's, so that each process can read its own rows back.
+    """
+
+    def predict(variables, batch):
+        image, tokens, token_mask = (batch[name] for name in INPUTS)
+        outputs = model.apply(
+            variables, transforms.normalize(image), tokens, token_mask, train=False
+        )
+        logits = resize_bilinear(outputs["logits"].astype(np.float32), image.shape[1:3])
+        return jax.nn.sigmoid(logits)
+
+    return jax.jit(predict, out_shardings=out_sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model points at, at the image's own size H x W.
+
+    Attributes:
+      mask: bool [H, W], True = the referred object.
+      probability: f32 [H, W], foreground probability.
+      truncated: the expression was longer than the model reads, and its end was ignored.
+    """
+
+    mask: np.ndarray
+    probability: np.ndarray
+    truncated: bool = False
+
+    @property
+    def confidence(self) -> float:
+        """Mean foreground probability inside the mask; 0 if the mask is empty."""
+        return float(self.probability[self.mask].mean()) if self.area else 0.0
+
+    @property
+    def area(self) -> int:
+        """Number of pixels of the mask."""
+        return int(self.mask.sum())
+
+    @property
+    def area_fraction(self) -> float:
+        """Share of the image that the mask covers."""
+        return self.area / self.mask.size
+
+    @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """(x0, y0, x1, y1) in pixels, x1 and y1 exclusive; None if the mask is empty."""
+        if not self.area:
+            return None
+        xs, ys = (np.flatnonzero(self.mask.any(axis)) for axis in (0, 1))
+        return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+
+
+def load_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
+    """A path, PIL image or array -> uint8 RGB [H, W, 3], upright (EXIF rotation applied).
+
+    Arrays are uint8 or uint16 [H, W], or uint8 [H, W, 1 | 3 | 4].
+
+    Raises:
+      UserError: the file is missing or no image, or the array has another shape or dtype.
+    """
+    if isinstance(image, np.ndarray):
+        if image.ndim == 3 and image.shape[-1] == 1:
+            image = image[..., 0]
+        try:
+            if not image.size:
+                raise ValueError("empty")
+            image = Image.fromarray(image)
+        except (TypeError, ValueError) as e:
+            raise UserError(
+                f"array {image.dtype}{list(image.shape)} is not an image: "
+                "give uint8 [H, W, 3], [H, W, 4] or [H, W]"
+            ) from e
+    try:
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as opened:
+                return load_image(opened)
+        return pictures.to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise UserError(f"{image}: no such image file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise UserError(f"{image}: not a readable image ({e})") from e
+
+
+class Predictor:
+    """A model ready to be asked. Compiled once, at the first call.
+
+    Attributes:
+      model, variables: the Linen module and what its `apply` takes.
+      tokenizer: turns an expression into the model's tokens.
+      image_size: side of the square the model sees; images of any size are resized to it.
+      max_tokens: longest expression, in tokens, that the model reads.
+      threshold: probability above which a pixel is foreground.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Any,
+        tokenizer: Tokenizer,
+        image_size: int,
+        max_tokens: int,
+        threshold: float = 0.5,
+    ):
+        self.variables = variables
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.max_tokens = max_tokens
+        self.threshold = threshold
+        self._predict = make_predict_step(model)
+
+    @classmethod
+    def from_workdir(cls, workdir: str | os.PathLike, which: str = "best") -> "Predictor":
+        """The model trained in `workdir`; `which` checkpoint: "best" or "last".
+
+        Raises:
+          UserError: `workdir` is no run, or holds no such checkpoint.
+        """
+        from refseg_jax import checkpoint, models
+
+        config, variables = checkpoint.load_for_inference(workdir, which)
+        return cls(
+            models.build(config.model),
+            variables,
+            Tokenizer.load(pathlib.Path(workdir) / checkpoint.TOKENIZER_FILE),
+            config.data.image_size,
+            config.data.max_tokens,
+            config.eval.threshold,
+        )
+
+    def __call__(
+        self, image: str | os.PathLike | Image.Image | np.ndarray, text: str
+    ) -> Prediction:
+        """Segments the one object that `text` refers to.
+
+        Args:
+          image: path, PIL image or array, see `load_image`; any size, any colour mode.
+          text: the referring expression.
+
+        Raises:
+          UserError: no readable image, or an empty expression.
+        """
+        pixels = load_image(image)
+        tokens, token_mask, truncated = self.tokenizer.encode(text, self.max_tokens)
+        batch = {
+            "image": transforms.resize_image(pixels, self.image_size)[None],
+            "tokens": tokens[None],
+            "token_mask": token_mask[None],
+        }
+        probability = np.asarray(self._predict(self.variables, batch)[0])
+        probability = transforms.resize_map(probability, *pixels.shape[:2])
+        return Prediction(probability > self.threshold, probability, truncated)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m refseg_jax.predict", description="Segments what an expression refers to."
+    )
+    parser.add_argument("--workdir", required=True, help="directory of a training run")
+    parser.add_argument("--image", required=True, help="image file, any size")
+    parser.add_argument("--text", required=True, help="the expression, e.g. 'the dog on the left'")
+    parser.add_argument("--out", default=".", help="where the two PNG files go (default: here)")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
+    parser.add_argument(
+        "--threshold", type=float, help="foreground probability (default: the run's)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Predicts, writes `<stem>_mask.png` and `<stem>_overlay.png`, and returns what to print.
+
+    Raises:
+      UserError: see `Predictor`; or the output directory cannot be written.
+    """
+    # The image first: a mistyped path should not wait for a model to load.
+    image = load_image(arguments.image)
+    predictor = Predictor.from_workdir(arguments.workdir, arguments.which)
+    if arguments.threshold is not None:
+        predictor.threshold = arguments.threshold
+    prediction = predictor(image, arguments.text)
+    drawn = pictures.caption(pictures.overlay(image, prediction.mask), arguments.text)
+    paths = {}
+    try:
+        out = pathlib.Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for name, picture in (("mask", prediction.mask), ("overlay", drawn)):
+            paths[name] = str(out / f"{pathlib.Path(arguments.image).stem}_{name}.png")
+            Image.fromarray(picture).save(paths[name])
+    except OSError as e:
+        raise UserError(f"cannot write to --out {arguments.out}: {e}") from e
+    return {
+        "text": arguments.text,
+        "truncated": prediction.truncated,
+        "confidence": round(prediction.confidence, 4),
+        "area": prediction.area,
+        "area_fraction": round(prediction.area_fraction, 6),
+        "box": prediction.box,
+        **paths,
+    }
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The result of `run` for people: one line each for confidence, area, box and files."""
+    box = "none: nothing found"
+    if result["box"]:
+        box = "x {} to {}, y {} to {} px".format(*(result["box"][i] for i in (0, 2, 1, 3)))
+    return "\n".join(
+        (
+            f"confidence  {result['confidence']:.3f}",
+            f"area        {result['area']} px ({100 * result['area_fraction']:.2f} % of the image)",
+            f"box         {box}",
+            f"mask        {result['mask']}",
+            f"overlay     {result['overlay']}",
+        )
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 for bad input."""
+    arguments = _arguments(argv)
+    try:
+        result = run(arguments)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    if result["truncated"]:
+        print("warning: the expression is too long, its end was ignored", file=sys.stderr)
+    print(json.dumps(result) if arguments.json else describe(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

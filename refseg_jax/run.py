@@ -1,0 +1,153 @@
+"""A run from start to end: its directory, training, evaluation, report, and the summary."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+
+from refseg_jax import checkpoint, data, evaluate, models
+from refseg_jax.data.tokenizer import Tokenizer
+from refseg_jax.errors import UserError
+from refseg_jax.logging import read_metrics
+from refseg_jax.predict import make_predict_step
+from refseg_jax.report import write_report
+from refseg_jax.sharding import batch_sharding, make_mesh, replicated, to_device
+from refseg_jax.train import evaluation_settings, train
+from refseg_jax.train_state import init_variables
+
+# What may change when a run is resumed: nothing that its parameters depend on.
+FREE_FIELDS = (
+    "eval.", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every",
+    "data.root", "data.workers", "data.threads", "data.eval_splits",
+)  # fmt: skip
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, mode: str) -> dict[str, Any]:
+    """Trains and evaluates in `workdir` ("both"), or does one of them. Returns the summary.
+
+    Raises:
+      UserError: see `train` and `evaluate_run`.
+    """
+    jax.config.update("jax_threefry_partitionable", True)
+    if mode == "evaluate":
+        checkpoint.read_config(workdir)  # Only a run that was trained can be evaluated.
+    tokenizer = prepare(config, workdir)
+    summary = {}
+    if mode != "evaluate":
+        summary["steps"] = train(config, tokenizer, workdir)
+    if mode != "train":
+        summary |= evaluate_run(config, tokenizer, workdir)
+    return {**summary, "workdir": workdir}
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
+    """Makes `workdir` the directory of this run, or checks that it already is.
+
+    Fills in what depends on the tokeniser, and writes it and the config beside the checkpoints.
+
+    Raises:
+      UserError: `workdir` holds a run with another config (the fields are listed).
+    """
+    root = pathlib.Path(workdir)
+    started = (root / checkpoint.CONFIG_FILE).exists()
+    tokenizer_path = root / checkpoint.TOKENIZER_FILE
+    source = str(tokenizer_path) if started else config.data.tokenizer
+    tokenizer = data.load_tokenizer(source)
+    text_encoder = config.model.bert
+    if text_encoder.vocab_size == 0:
+        text_encoder.vocab_size = tokenizer.vocab_size
+    if tokenizer.vocab_size > text_encoder.vocab_size:
+        raise UserError(
+            f"config.model.bert.vocab_size={text_encoder.vocab_size} is too small for the "
+            f"tokenizer {config.data.tokenizer}, which has {tokenizer.vocab_size} entries"
+        )
+    if started:
+        changed = _changed_fields(checkpoint.read_config(workdir), config)
+        if changed:
+            raise UserError(
+                f"{workdir} holds a run with another config ({', '.join(changed[:8])}): "
+                "give another --workdir, or the same config to resume"
+            )
+    elif jax.process_index() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(tokenizer_path))
+        checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
+    return tokenizer
+
+
+def _changed_fields(old: Any, new: Any) -> list[str]:
+    """Dotted names of the fields that differ, as JSON sees them."""
+
+    def flatten(tree, prefix=""):
+        if not isinstance(tree, dict):
+            return {prefix[:-1]: tree}
+        return {
+            k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}{key}.").items()
+        }
+
+    old, new = (flatten(json.loads(c.to_json_best_effort())) for c in (old, new))
+    return [
+        f"{name}: {old.get(name)} there, {new.get(name)} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(FREE_FIELDS)
+    ]
+
+
+def evaluate_run(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
+) -> dict[str, Any]:
+    """Scores the best checkpoint on every evaluation split; writes the table, JSON and report.
+
+    Returns what the summary says of it: {split}/mIoU and {split}/oIoU of each split,
+    {select_split}/mIoU_shuffled (the control: the same model, each image given another one's
+    expression), report.
+
+    Raises:
+      UserError: there is no checkpoint, it does not fit, or a split is missing.
+    """
+    model = models.build(config.model)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    key = jax.random.key(0)
+    abstract = jax.eval_shape(
+        lambda: init_variables(model, key, config.data.image_size, config.data.max_tokens)
+    )
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract
+    )
+    variables = checkpoint.load_variables(workdir, abstract)
+    predict_fn = make_predict_step(model, batch_sharding(mesh))
+
+    def sweep(split, **kwargs):
+        return evaluate.evaluate(
+            predict_fn,
+            variables,
+            data.open_source(config.data, split),
+            tokenizer,
+            put=lambda batch: to_device(batch, mesh),
+            **evaluation_settings(config),
+            **kwargs,
+        )
+
+    select = config.data.select_split
+    splits = dict.fromkeys((select, *config.data.eval_splits))
+    results = {split: sweep(split, keep_examples=config.eval.examples) for split in splits}
+    shuffled = sweep(select, shuffle_text=True)
+    report = pathlib.Path(workdir) / "report.html"
+    if jax.process_index() == 0:
+        everything = {**results, f"{select} (shuffled expressions)": shuffled}
+        print(evaluate.format_table(everything))
+        evaluate.write_json(pathlib.Path(workdir) / "results.json", everything)
+        write_report(
+            report,
+            title=f"{config.model.name} on {config.data.dataset}",
+            config_text=str(config),
+            results=everything,
+            curves=read_metrics(workdir),
+        )
+    summary = {}
+    for split, result in results.items():
+        summary |= {f"{split}/{name}": round(result.metrics[name], 4) for name in ("mIoU", "oIoU")}
+    summary[f"{select}/mIoU_shuffled"] = round(shuffled.metrics["mIoU"], 4)
+    return {**summary, "report": str(report)}

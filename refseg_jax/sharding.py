@@ -1,0 +1,84 @@
+"""Mesh, parameter sharding by ordered path rules, and host arrays to device batches."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from refseg_jax.errors import UserError
+from refseg_jax.optim import path_name
+
+# Batches are split over both axes; parameters over "fsdp" alone.
+AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh of data x fsdp devices; one of the two may be -1 (as many as there are).
+
+    In a single process it may leave devices unused.
+
+    Raises:
+      UserError: more devices than there are, or, with several processes, fewer.
+    """
+    devices = jax.devices()
+    sizes = [data, fsdp]
+    if -1 in sizes:
+        i = sizes.index(-1)
+        sizes[i] = len(devices) // max(sizes[1 - i], 1)
+    count = sizes[0] * sizes[1]
+    too_few = jax.process_count() > 1 and count < len(devices)
+    if min(sizes) < 1 or count > len(devices) or too_few:
+        raise UserError(
+            f"config.mesh data={data} fsdp={fsdp} does not fit the {len(devices)} devices here"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over every device."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def largest_divisible(shape: tuple[int, ...], parts: int, min_size: int) -> PartitionSpec:
+    """Splits the largest dimension that `parts` divides over "fsdp", from `min_size` elements on."""
+    candidates = [i for i, n in enumerate(shape) if n % parts == 0]
+    if parts == 1 or int(np.prod(shape)) < min_size or not candidates:
+        return PartitionSpec()
+    axis = max(candidates, key=lambda i: shape[i])
+    return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**14) -> Any:
+    """A sharding for every leaf of `state` (a tree of arrays or shapes).
+
+    `rules` is an ordered sequence of (path regex, tuple with an axis name or None per dimension);
+    the first regex found in the leaf's path wins. A leaf that matches none takes
+    `largest_divisible`. Optimiser moments carry their parameter's path, hence its sharding.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def spec(path, leaf):
+        name = path_name(path)
+        for pattern, axes in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, PartitionSpec(*axes))
+        return NamedSharding(mesh, largest_divisible(leaf.shape, parts, min_size))
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

@@ -1,0 +1,343 @@
+"""Training: one pure step, and the loop around it."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from refseg_jax import checkpoint, data, evaluate, models
+from refseg_jax.data import pipeline
+from refseg_jax.data.tokenizer import Tokenizer
+from refseg_jax.data.transforms import normalize
+from refseg_jax.errors import UserError
+from refseg_jax.logging import MetricWriter
+from refseg_jax.optim import make_optimizer
+from refseg_jax.predict import make_predict_step
+from refseg_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding, to_device
+from refseg_jax.train_state import TrainState, init_state, init_variables
+from refseg_jax.weights.initial import load_initial
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step on a batch (see `data/pipeline.py` for its arrays).
+
+    With `accumulate` = A the B rows are taken in A parts of B/A, whose gradients are averaged:
+    the same update for a model without batch statistics, in 1/A of the activation memory.
+    Returns the next state and float32 scalars: loss, grad_norm, and the model's own.
+    """
+    step_key = jax.random.fold_in(state.key, state.step)
+
+    def loss_fn(params, model_state, part, key):
+        dropout_key, loss_key = jax.random.split(key)
+        outputs, updated = model.apply(
+            {"params": params, **model_state},
+            normalize(part["image"]),
+            part["tokens"],
+            part["token_mask"],
+            train=True,
+            rngs={"dropout": dropout_key},
+            mutable=list(model_state),
+        )
+        loss, scalars = model.loss(outputs, part["mask"], part["valid"], loss_key)
+        return loss, (updated, {"loss": loss, **scalars})
+
+    def one_part(model_state, part, key):
+        grads, (model_state, scalars) = jax.grad(loss_fn, has_aux=True)(
+            state.params, model_state, part, key
+        )
+        return model_state, (grads, scalars)
+
+    if accumulate == 1:
+        model_state, (grads, scalars) = one_part(state.model_state, batch, step_key)
+    else:
+        # Row i of part a is row i * A + a of the batch, so every device keeps its own rows.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        keys = jax.random.split(step_key, accumulate)
+        model_state, stacked = jax.lax.scan(
+            lambda carry, xs: one_part(carry, *xs), state.model_state, (parts, keys)
+        )
+        grads, scalars = jax.tree.map(lambda x: x.mean(0), stacked)
+
+    if jax.default_backend() == "cpu":
+        # Without it XLA's CPU compiler fuses the optimiser into the gradients' reductions, which
+        # are then computed several times over: the step took 1.6 times as long.
+        grads = jax.lax.optimization_barrier(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    scalars["grad_norm"] = optax.global_norm(grads)
+    state = state.replace(
+        step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema
+    )
+    return state, scalars
+
+
+def total_steps(config: ml_collections.ConfigDict, source: Any) -> int:
+    """config.train.steps, or as many steps as config.train.epochs over `source` take."""
+    if config.train.steps:
+        return config.train.steps
+    samples = source.num_sentences if config.data.sampling == "sentence" else len(source)
+    return math.ceil(config.train.epochs * samples / config.train.batch_size)
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT, so that the loop can save before it leaves."""
+
+    def __init__(self):
+        self.signal = None
+        self._previous = {}
+
+    def _note(self, number, _):
+        self.signal = signal.Signals(number).name
+        self._restore()  # A second signal is not caught.
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc):
+        self._restore()
+
+
+class Trainer:
+    """All that a run is made of: data, model, optimiser, mesh, state and the compiled step.
+
+    Building it restores what there is to restore, in this order: this run's last checkpoint >
+    `config.init.checkpoint` > pretrained encoders (`config.init.swin`, `.bert`) > scratch.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        tokenizer: Tokenizer,
+        checkpoints: checkpoint.Checkpoints,
+    ):
+        self.config = config
+        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+        rows = config.train.batch_size / config.train.accumulate
+        if rows % self.mesh.size:
+            raise UserError(
+                f"config.train.batch_size={config.train.batch_size} with "
+                f"config.train.accumulate={config.train.accumulate} gives {rows:g} rows at a time, "
+                f"which {self.mesh.size} devices cannot share evenly"
+            )
+        self.source = data.open_source(config.data, config.data.train_split)
+        self.tokenizer = tokenizer
+        self.model = models.build(config.model)
+        self.steps = total_steps(config, self.source)
+
+        key, init_key = jax.random.split(jax.random.key(config.seed))
+
+        def make_tx(params):
+            return make_optimizer(config.optim, params, self.steps)[0]
+
+        def init(init_key, key, loaded):
+            variables = init_variables(
+                self.model, init_key, config.data.image_size, config.data.max_tokens
+            )
+            variables = {c: {**tree, **loaded.get(c, {})} for c, tree in variables.items()}
+            return init_state(variables, make_tx, key, config.train.ema_decay > 0)
+
+        abstract = jax.eval_shape(init, init_key, key, {})
+        self.num_params = sum(x.size for x in jax.tree.leaves(abstract.params))
+        self.tx, self.schedule = make_optimizer(config.optim, abstract.params, self.steps)
+        shardings = state_sharding(
+            abstract, self.mesh, config.mesh.rules, config.mesh.min_fsdp_size
+        )
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        self.state = checkpoints.restore_last(abstract)
+        if self.state is not None:
+            self.origin = f"resumed at step {int(self.state.step)}"
+        else:
+            loaded, self.origin = load_initial(
+                config,
+                {"params": abstract.params, **abstract.model_state},
+                self.model.config.swin,
+                self.model.config.bert,
+            )
+            self.state = jax.jit(init, out_shardings=shardings)(init_key, key, loaded)
+        self.step_fn = jax.jit(
+            lambda state, batch: train_step(
+                state,
+                batch,
+                model=self.model,
+                tx=self.tx,
+                accumulate=config.train.accumulate,
+                ema_decay=config.train.ema_decay,
+            ),
+            in_shardings=(shardings, batch_sharding(self.mesh)),
+            out_shardings=(shardings, replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+    def batches(self, start_step: int):
+        config = self.config
+        batches = pipeline.TrainBatches(
+            self.source,
+            self.tokenizer,
+            image_size=config.data.image_size,
+            max_tokens=config.data.max_tokens,
+            batch_size=config.train.batch_size,
+            num_steps=self.steps,
+            seed=config.seed,
+            sampling=config.data.sampling,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return pipeline.train_iterator(
+            batches, start_step, workers=config.data.workers, threads=config.data.threads
+        )
+
+
+def evaluation_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `evaluate.evaluate` that the config sets."""
+    return dict(
+        image_size=config.data.image_size,
+        max_tokens=config.data.max_tokens,
+        batch_size=config.eval.batch_size,
+        protocol=config.eval.protocol,
+        threshold=config.eval.threshold,
+        workers=config.data.workers,
+        threads=config.data.threads,
+    )
+
+
+def train(config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) -> int:
+    """Trains to the last step, resuming what `workdir` holds. Returns the number of steps.
+
+    Raises:
+      UserError: the loss or the gradient is not finite (the last good checkpoint is kept), the
+        run was told to stop (it is saved), or something in config or data is wrong.
+    """
+    with checkpoint.Checkpoints(workdir) as checkpoints, StopRequest() as stop:
+        trainer = Trainer(config, tokenizer, checkpoints)
+        start = int(trainer.state.step)
+        writer = MetricWriter(workdir, start, trainer.steps, active=jax.process_index() == 0)
+        try:
+            writer.say(
+                f"{config.model.name}: {trainer.num_params:,} parameters, {trainer.origin}, "
+                f"steps {start} to {trainer.steps} of {config.train.batch_size} samples, "
+                f"{trainer.source.num_sentences} sentences of {len(trainer.source)} refs, "
+                f"{trainer.mesh.size} {jax.default_backend()} device(s)"
+            )
+            _loop(trainer, checkpoints, writer, stop, start)
+        finally:
+            writer.close()
+    return trainer.steps
+
+
+def _loop(trainer, checkpoints, writer, stop, start):
+    config, total = trainer.config, trainer.steps
+    predict_fn = make_predict_step(trainer.model, batch_sharding(trainer.mesh))
+    select_source = data.open_source(config.data, config.data.select_split)
+    record = Recorder(writer, trainer.schedule, config.train, start)
+    batches = trainer.batches(start) if start < total else iter(())
+    state = trainer.state
+    trainer.state = None  # The step consumes its buffers.
+    for step, batch in enumerate(batches, start + 1):
+        state, scalars = trainer.step_fn(state, to_device(batch, trainer.mesh))
+        record.add(step, scalars)
+        evaluating = step == total or step % config.train.eval_every == 0
+        if not (evaluating or stop.signal or step % config.train.checkpoint_every == 0):
+            continue
+        record.flush()  # A step that went wrong must not be saved.
+        if evaluating:
+            result = evaluate.evaluate(
+                predict_fn,
+                state.variables(),
+                select_source,
+                trainer.tokenizer,
+                put=lambda batch: to_device(batch, trainer.mesh),
+                limit=config.eval.limit_in_training,
+                verbose=False,
+                **evaluation_settings(config),
+            )
+            scalars = {f"{result.split}/{name}": v for name, v in result.metrics.items()}
+            writer.write(step, scalars)
+            score = result.metrics["mIoU"]
+            best = checkpoints.save_best(step, state.variables(), score)
+            writer.say(
+                f"step {step}: {result.split} mIoU {score:.4f} oIoU {result.metrics['oIoU']:.4f}"
+                + (" (best so far)" if best else "")
+            )
+        checkpoints.save_last(state)
+        record.restart_clock()
+        if stop.signal and step < total:
+            raise UserError(
+                f"stopped by {stop.signal} at step {step}, which is saved: "
+                "run the same command again to go on"
+            )
+
+
+class Recorder:
+    """Metrics of step n, fetched after step n + 1 is dispatched; stops the run if not finite."""
+
+    def __init__(self, writer: MetricWriter, schedule: Callable, config: Any, start: int):
+        self.writer, self.schedule, self.config = writer, schedule, config
+        self.pending = None
+        self.saved = start
+        self.rows = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.since, self.counted = time.perf_counter(), 0
+
+    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        previous, self.pending = self.pending, (step, scalars)
+        if previous:
+            self._take(*previous)
+
+    def flush(self) -> None:
+        if self.pending:
+            self._take(*self.pending)
+            self.pending = None
+
+    def _take(self, step, scalars):
+        scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(scalars[name]):
+                raise UserError(
+                    f"{name} is {scalars[name]} at step {step}: the run stops here and the last "
+                    "good checkpoint is kept. Try a lower config.optim.lr, config.optim.clip_norm "
+                    "or config.optim.warmup_steps in a new workdir"
+                )
+        self.writer.advance(step)
+        self.rows.append(scalars)
+        self.counted += 1
+        if step % self.config.log_every == 0:
+            means = {k: float(np.mean([row[k] for row in self.rows])) for k in scalars}
+            seconds = time.perf_counter() - self.since
+            means["lr"] = float(self.schedule(jnp.asarray(step - 1)))
+            means["images_per_second"] = self.counted * self.config.batch_size / seconds
+            self.writer.write(step, means)
+            self.rows.clear()
+            self.restart_clock()

@@ -1,0 +1,1 @@
+"""Published checkpoints -> our parameter trees, one table per source: hf.py (Hugging Face)."""

@@ -1,0 +1,73 @@
+"""The command line: bad input is one clear line and exit status 2; a whole run prints JSON last."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+def main(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "refseg_jax.main", *arguments],
+        cwd=REPO, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "--config is missing"),
+        (["--config", "configs/alignforma.py"], "configs/alignforma.py"),
+        (["--config", "configs/alignformer.py:refcocco"], "did you mean 'refcoco'"),
+        (["--config", "configs/alignformer.py:refcoco,refcoco+"], "more than one dataset"),
+        (["--config", "configs/alignformer.py", "--config.optim.rl=1"], "rl"),
+        (["--config", "configs/alignformer.py", "--config.optim.lr=fast"], "fast"),
+        (["--config", "configs/alignformer.py", "--workdri=x"], "workdri"),
+        (["--config", "configs/alignformer.py", "train"], "unexpected argument 'train'"),
+        (["--config", "configs/alignformer.py:refcoco", "--config.data.root=nowhere",
+          "--config.data.tokenizer=shapes"], "nowhere"),
+        (["--config", "configs/alignformer.py", "--config.data.train_split=trian"], "trian"),
+        (["--config", "configs/alignformer.py", "--config.model.fusion=both"], "fusion='both'"),
+        (["--config", "configs/alignformer.py", "--config.data.sampling=all"], "sampling"),
+        (["--config", "configs/alignformer.py", "--mode", "evaluate"], "not the directory of a"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(arguments, expected, tmp_path):
+    if not any("workd" in a for a in arguments):
+        arguments = [*arguments, "--workdir", str(tmp_path)]
+    done = main(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and expected in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_whole_run_and_evaluating_it_again(tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ["--config", "configs/alignformer.py", "--workdir", str(workdir), *tiny.flags()]
+    done = main(*arguments)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["steps"] == 6 and summary["workdir"] == str(workdir)
+    assert summary["seconds"] > 0
+    for name in ("val/mIoU", "val/oIoU", "testA/mIoU", "testB/oIoU", "val/mIoU_shuffled"):
+        assert 0 <= summary[name] <= 1
+    html = pathlib.Path(summary["report"]).read_text()
+    assert html.count("data:image/") > 3 and "http" not in html.replace("http://www.w3.org", "")
+    results = json.loads((workdir / "results.json").read_text())["results"]
+    assert results["val"]["sentences"] == 2 * 9 and results["val"]["protocol"] == "original"
+    assert results["val"]["by_kind"]
+    assert (workdir / "tensorboard").is_dir()
+
+    again = main(*arguments, "--mode", "evaluate", "--config.eval.protocol=input")
+    assert again.returncode == 0, again.stderr
+    assert "steps" not in json.loads(again.stdout.splitlines()[-1])
+    assert (
+        json.loads((workdir / "results.json").read_text())["results"]["val"]["protocol"] == "input"
+    )

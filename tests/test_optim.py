@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import alignformer
+from refseg_jax.errors import UserError
+from refseg_jax.optim import assign_groups, make_optimizer, make_schedule
+
+PARAMS = {
+    "norm": {"scale": jnp.ones(3)},
+    "dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
+}
+
+
+def config(**changes):
+    optim = alignformer.get_config("refcoco").optim
+    optim.update(changes)
+    return optim
+
+
+def test_poly_schedule_is_the_papers():
+    schedule = make_schedule(config(), 1000)
+    for step in (0, 1, 500, 999):
+        np.testing.assert_allclose(schedule(step), 5e-5 * (1 - step / 1000) ** 0.9, rtol=1e-5)
+
+
+def test_warmup_then_decay_and_constant_end():
+    schedule = make_schedule(config(warmup_steps=10, decay_steps=100, end_lr=1e-5), 1000)
+    np.testing.assert_allclose(schedule(5), 2.5e-5, rtol=1e-6)
+    np.testing.assert_allclose(schedule(10), 5e-5, rtol=1e-6)
+    np.testing.assert_allclose([schedule(100), schedule(999)], 1e-5, rtol=1e-6)
+
+
+def test_warmup_longer_than_the_run_is_an_error():
+    with pytest.raises(UserError, match="warmup_steps=10"):
+        make_schedule(config(warmup_steps=10), 10)
+
+
+def test_first_matching_group_wins_and_covers_each_parameter_once():
+    groups = ((r"^norm/", 0.0, 0.0), (r"bias$", 1.0, 0.0), (r"", 0.5, 1.0))
+    assert assign_groups(PARAMS, groups) == {
+        "norm": {"scale": 0},
+        "dense": {"kernel": 2, "bias": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "groups, message",
+    [(((r"bias$", 1, 1),), "dense/kernel"), (((r"", 1, 1), (r"never", 1, 1)), "never")],
+)
+def test_uncovered_parameter_and_unused_group_are_errors(groups, message):
+    with pytest.raises(UserError, match=message):
+        assign_groups(PARAMS, groups)
+
+
+def test_groups_scale_rate_and_decay():
+    """With zero gradients AdamW moves a parameter by -lr * decay * value, and by nothing else."""
+    groups = ((r"scale", 1.0, 0.0), (r"bias", 0.0, 1.0), (r"kernel", 0.5, 2.0))
+    tx, _ = make_optimizer(config(lr=0.1, weight_decay=0.01, groups=groups), PARAMS, 100)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["norm"]["scale"], 0.0)
+    np.testing.assert_allclose(updates["dense"]["bias"], 0.0)
+    np.testing.assert_allclose(updates["dense"]["kernel"], -0.1 * 0.5 * 0.01 * 2, rtol=1e-5)

@@ -1,0 +1,191 @@
+"""One image, one expression: any kind of file in, a mask at its own size out."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from refseg_jax import pictures, predict
+from refseg_jax.data.tokenizer import Tokenizer
+from refseg_jax.errors import UserError
+
+SIZE = 16
+
+
+class Red(nn.Module):
+    """Points at what is red, at half the image's size."""
+
+    @nn.compact
+    def __call__(self, image, tokens, token_mask, train):
+        scale = self.param("scale", nn.initializers.constant(4.0), ())
+        difference = image[..., 0] - image[..., 2]
+        return {"logits": scale * (difference - 1)[:, ::2, ::2]}
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    tokenizer = Tokenizer.from_words(["the", "red", "half"])
+    variables = {"params": {"scale": jnp.float32(4)}}
+    return predict.Predictor(Red(), variables, tokenizer, SIZE, max_tokens=6)
+
+
+@pytest.fixture
+def photo():
+    """Blue, its left 20 of 50 columns red; uint8 [32, 50, 3]."""
+    image = np.zeros((32, 50, 3), np.uint8)
+    image[:, :20, 0] = image[:, 20:, 2] = 255
+    return image
+
+
+def test_prediction_at_the_image_s_own_size(predictor, photo):
+    found = predictor(photo, "the red half")
+    assert found.mask.shape == found.probability.shape == (32, 50)
+    assert found.mask.dtype == bool and found.probability.dtype == np.float32
+    x0, y0, x1, y1 = found.box
+    assert (x0, y0, y1) == (0, 0, 32) and abs(x1 - 20) <= 3
+    assert found.area == 32 * x1 and found.area_fraction == pytest.approx(x1 / 50)
+    assert found.confidence == pytest.approx(found.probability[:, :x1].mean())
+    assert not found.truncated
+    assert predictor(photo, "the red red red half").truncated
+
+
+def test_nothing_found(predictor):
+    found = predictor(np.zeros((9, 9, 3), np.uint8), "red")
+    assert (found.area, found.confidence, found.box) == (0, 0.0, None)
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (300, 1), (1, 1), (700, 3)])
+def test_thin_images(predictor, shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    image[..., 0] = 255
+    found = predictor(image, "red")
+    assert found.mask.shape == shape and found.mask.all()
+    assert pictures.overlay(image, found.mask).shape == image.shape
+
+
+def test_exif_rotation(predictor, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: turn clockwise to see it upright
+    Image.fromarray(np.rot90(photo)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    found = predictor(tmp_path / "a.jpg", "red")
+    assert found.mask.shape == (32, 50)
+    assert found.mask[:, :17].all() and not found.mask[:, 23:].any()
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"]
+)
+def test_every_colour_mode(predictor, photo, mode):
+    image = Image.fromarray(photo)
+    if mode in ("I;16", "I", "F"):
+        image = image.convert("L")
+    elif mode == "PA":
+        image = image.convert("P")
+    image = image.convert(mode)
+    found = predictor(image, "red")
+    assert found.mask.shape == (32, 50)
+    assert found.mask[:, :17].all() == (mode in ("P", "PA", "RGBA", "CMYK", "YCbCr"))
+
+
+def test_deep_grey_and_transparency_to_rgb():
+    deep = Image.fromarray(np.array([[0, 0x80FF, 0xFFFF]], np.uint16))
+    np.testing.assert_array_equal(pictures.to_rgb(deep)[0, :, 0], [0, 128, 255])
+    wide = Image.fromarray(np.array([[0, 32896, 65535]], np.int32))
+    np.testing.assert_array_equal(pictures.to_rgb(wide)[0, :, 0], [0, 128, 255])
+    floats = Image.fromarray(np.array([[-1, 0, 1]], np.float32))
+    np.testing.assert_array_equal(pictures.to_rgb(floats)[0, :, 0], [0, 128, 255])
+    clear = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
+    np.testing.assert_array_equal(pictures.to_rgb(clear), np.full((1, 1, 3), 255))
+
+
+def test_bad_input_is_a_user_error(predictor, photo, tmp_path):
+    with pytest.raises(UserError, match="no such"):
+        predictor(tmp_path / "absent.jpg", "red")
+    (tmp_path / "text.jpg").write_text("not an image")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(
+        tmp_path / "whole.jpg"
+    )
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
+    for name in ("text.jpg", "cut.jpg", ""):
+        with pytest.raises(UserError, match="image"):
+            predictor(tmp_path / name, "red")
+    for text in ("", "  "):
+        with pytest.raises(UserError):
+            predictor(photo, text)
+    for array in (photo.astype(np.float64), photo[None], np.zeros((0, 5, 3), np.uint8)):
+        with pytest.raises(UserError, match="image"):
+            predictor(array, "red")
+
+
+def test_drawing():
+    mask = np.zeros((40, 60), bool)
+    mask[10:20, 15:30] = True
+    grown = np.zeros_like(mask)
+    grown[8:22, 13:32] = True
+    np.testing.assert_array_equal(pictures.grow(mask, 2), grown)
+    image = np.full((40, 60, 3), 100, np.uint8)
+    drawn = pictures.overlay(image, mask)
+    assert (drawn[0, 0] == 100).all() and (drawn[14, 22] != 100).any()
+    assert (drawn[10, 20] == pictures.PREDICTION_COLOR).all() and (image == 100).all()
+    short, long = (pictures.caption(image, text) for text in ("a", "a much longer text " * 6))
+    assert (short[:40, :60] == image).all() and 40 < len(short) < len(long)
+    assert pictures.caption(image, "w" * 300).shape[1] == long.shape[1]
+    assert pictures.fit(image, 30).shape == (20, 30, 3) and pictures.fit(mask, 30).dtype == bool
+
+
+@pytest.fixture
+def workdir(predictor, monkeypatch):
+    monkeypatch.setattr(predict.Predictor, "from_workdir", lambda workdir, which: predictor)
+    return "somewhere"
+
+
+def test_command_line(workdir, photo, tmp_path, capsys):
+    Image.fromarray(photo).save(tmp_path / "a.b.png")
+    arguments = ["--workdir", workdir, "--image", str(tmp_path / "a.b.png"), "--text", "the red"]
+    arguments += ["--out", str(tmp_path / "new" / "out")]
+    assert predict.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "confidence", "area", "box", "mask", "overlay",
+    ]  # fmt: skip
+    assert err == ""
+    mask = np.asarray(Image.open(tmp_path / "new" / "out" / "a.b_mask.png"))
+    overlay = Image.open(tmp_path / "new" / "out" / "a.b_overlay.png")
+    assert mask.shape == (32, 50) and overlay.height > 32
+
+    arguments[5] = "red " * 9
+    assert predict.main([*arguments, "--json", "--threshold", "2"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert (result["area"], result["box"], result["truncated"]) == (0, None, True)
+    assert err.startswith("warning: ")
+
+
+def test_command_line_errors_are_one_line(workdir, photo, tmp_path, capsys):
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    for name, text, out in (
+        ("absent.png", "red", "."),
+        ("b.png", "red", "."),
+        ("a.png", " ", "."),
+        ("a.png", "red", "b.png"),
+    ):
+        arguments = ["--image", str(tmp_path / name), "--text", text, "--out", str(tmp_path / out)]
+        assert predict.main(["--workdir", workdir, *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_probabilities_are_at_the_input_s_size():
+    step = predict.make_predict_step(Red())
+    batch = {
+        "image": np.zeros((2, SIZE, SIZE, 3), np.uint8),
+        "tokens": np.zeros((2, 4), np.int32),
+        "token_mask": np.ones((2, 4), bool),
+    }
+    shape = jax.eval_shape(step, {"params": {"scale": jnp.float32(1)}}, batch)
+    assert (shape.shape, shape.dtype) == ((2, SIZE, SIZE), jnp.float32)

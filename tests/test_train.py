@@ -1,0 +1,204 @@
+"""Training: reproducible, resumable, shardable, and it stops where it should."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from refseg_jax import checkpoint, run, train
+from refseg_jax.errors import UserError
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+def make_trainer(path, **changes):
+    config = tiny.config(**changes)
+    tokenizer = run.prepare(config, str(path))
+    with checkpoint.Checkpoints(str(path)) as checkpoints:
+        return train.Trainer(config, tokenizer, checkpoints)
+
+
+def take_steps(trainer, steps):
+    """Losses and the final state of the first `steps` steps."""
+    losses, state = [], trainer.state
+    for _, batch in zip(range(steps), trainer.batches(0), strict=False):
+        state, scalars = trainer.step_fn(state, train.to_device(batch, trainer.mesh))
+        losses.append(float(scalars["loss"]))
+    return np.array(losses), state
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def test_data_parallel_and_fsdp_agree_with_one_device(tmp_path):
+    losses = {}
+    for data, fsdp in ((1, 1), (8, 1), (1, 8), (2, 4)):
+        trainer = make_trainer(
+            tmp_path / f"{data}x{fsdp}", mesh__data=data, mesh__fsdp=fsdp, mesh__min_fsdp_size=64
+        )
+        kernel = trainer.state.params["centre_decoder"]["query"]["kernel"]
+        moments = trainer.state.opt_state[1].inner_states[1].inner_state[0].mu
+        for array in (kernel, moments["centre_decoder"]["query"]["kernel"]):
+            assert array.addressable_shards[0].data.size == array.size // fsdp
+        losses[data, fsdp], _ = take_steps(trainer, 5)
+    assert np.ptp(losses[1, 1]) > 1e-3  # It moves at all.
+    for mesh, values in losses.items():
+        np.testing.assert_allclose(values, losses[1, 1], rtol=1e-5, err_msg=str(mesh))
+
+
+def test_accumulation_and_remat_change_memory_not_the_update(tmp_path):
+    # CMIC draws pixels with a key per part, so it is off here.
+    base, state = take_steps(make_trainer(tmp_path / "base", model__cmic_weight=0.0), 2)
+    for name, changes in {
+        "accumulate": dict(train__accumulate=4),
+        "remat": dict(model__swin__remat=True, model__bert__remat=True),
+    }.items():
+        trainer = make_trainer(tmp_path / name, model__cmic_weight=0.0, **changes)
+        losses, other = take_steps(trainer, 2)
+        np.testing.assert_allclose(losses, base, rtol=1e-5, err_msg=name)
+        for x, y in zip(leaves(state.params), leaves(other.params), strict=True):
+            # Adam divides by the gradient's size: where that is near 0, rounding shows.
+            np.testing.assert_allclose(x, y, atol=2e-4, err_msg=name)
+
+
+def test_remat_is_really_on(tmp_path):
+    trainer = make_trainer(tmp_path, model__swin__remat=True)
+    batch = trainer.batches(0)
+    batch = train.to_device(next(iter(batch)), trainer.mesh)
+    assert "checkpoint" in str(jax.make_jaxpr(trainer.step_fn)(trainer.state, batch))
+
+
+def test_averaged_parameters_follow_and_are_what_is_evaluated(tmp_path):
+    trainer = make_trainer(tmp_path, train__ema_decay=0.9)
+    before = leaves(trainer.state.params)
+    _, state = take_steps(trainer, 1)
+    for old, new, ema in zip(before, leaves(state.params), leaves(state.ema), strict=True):
+        np.testing.assert_allclose(ema, 0.9 * old + 0.1 * new, atol=1e-7)
+    assert state.variables()["params"] is state.ema
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(tmp_path):
+    exact, _ = take_steps(make_trainer(tmp_path / "f32"), 1)
+    trainer = make_trainer(tmp_path / "bf16", model__dtype="bfloat16")
+    close, state = take_steps(trainer, 1)
+    assert close != exact
+    # bfloat16 has 8 bits of mantissa; the loss averages over thousands of pixels.
+    np.testing.assert_allclose(close, exact, rtol=2e-2)
+    assert {x.dtype.name for x in leaves(state.params)} == {"float32"}
+
+
+def test_two_runs_with_one_seed_are_identical_and_with_another_are_not(tmp_path):
+    states = [
+        take_steps(make_trainer(tmp_path / str(i), seed=seed), 2)[1]
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    first, same, other = (leaves(state.params) for state in states)
+    assert all(np.array_equal(x, y) for x, y in zip(first, same, strict=True))
+    assert not all(np.array_equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    config = tiny.config(train__steps=5, train__eval_every=100)
+    tokenizer = run.prepare(config, str(tmp_path))
+    real = train.normalize
+    monkeypatch.setattr(train, "normalize", lambda image: real(image) * np.inf)
+    with pytest.raises(UserError, match="at step 1: .*last good checkpoint"):
+        train.train(config, tokenizer, str(tmp_path))
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        assert checkpoints.last.latest_step() is None
+
+    monkeypatch.setattr(train, "normalize", real)
+    config.train.steps = 2
+    (tmp_path / "config.json").unlink()
+    train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    config.train.steps = 5
+    monkeypatch.setattr(train, "normalize", lambda image: real(image) * np.inf)
+    with pytest.raises(UserError, match="at step 3"):
+        train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        assert checkpoints.last.latest_step() == 2
+
+
+def test_a_changed_config_is_not_resumed(tmp_path):
+    run.prepare(tiny.config(), str(tmp_path))
+    run.prepare(tiny.config(eval__batch_size=4), str(tmp_path))  # Free to change.
+    with pytest.raises(UserError, match=r"optim.lr: 0.001 there, 0.1 now"):
+        run.prepare(tiny.config(optim__lr=0.1), str(tmp_path))
+
+
+def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path):
+    make = tiny.config(train__steps=1, eval__limit_in_training=3)
+    train.train(make, run.prepare(make, str(tmp_path / "a")), str(tmp_path / "a"))
+    config = tiny.config(model__dim=32, init__checkpoint=str(tmp_path / "a"))
+    with pytest.raises(UserError, match="does not fit this model .*has shape"):
+        train.train(config, run.prepare(config, str(tmp_path / "b")), str(tmp_path / "b"))
+    same = tiny.config(init__checkpoint=str(tmp_path / "a"))
+    trainer = None
+    with checkpoint.Checkpoints(str(tmp_path / "c")) as checkpoints:
+        trainer = train.Trainer(same, run.prepare(same, str(tmp_path / "c")), checkpoints)
+    assert trainer.origin == f"all parameters from {tmp_path / 'a'}"
+
+
+def test_batch_that_devices_cannot_share_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="batch_size=12"):
+        make_trainer(tmp_path, train__batch_size=12, mesh__data=8)
+
+
+def command(workdir, **changes):
+    return [
+        sys.executable, "-m", "refseg_jax.main", "--config", "configs/alignformer.py",
+        "--workdir", str(workdir), *tiny.flags(mesh__data=1, **changes),
+    ]  # fmt: skip
+
+
+def final_params(workdir):
+    with checkpoint.Checkpoints(str(workdir)) as checkpoints:
+        step = checkpoints.last.latest_step()
+        return step, leaves(checkpoints.last.restore(step))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_ends_where_an_unbroken_one_ends(tmp_path, number):
+    """Bit for bit, with everything that has state: optimiser, averages, dropout keys, data."""
+    changes = dict(
+        train__steps=10, train__ema_decay=0.9, model__bert__dropout=0.1, train__eval_every=8
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(whole, **changes), cwd=REPO, check=True, capture_output=True)
+
+    process = subprocess.Popen(
+        command(broken, **changes), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.time() + 120
+    metrics = broken / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 2 and b"stopped by SIGTERM at step" in stderr
+    else:
+        assert process.returncode == -signal.SIGKILL
+
+    done = subprocess.run(
+        command(broken, **changes), cwd=REPO, check=True, capture_output=True, text=True
+    )
+    assert "resumed at step" in done.stderr
+    (step, expected), (resumed_step, resumed) = final_params(whole), final_params(broken)
+    assert step == resumed_step == 10
+    assert all(np.array_equal(x, y) for x, y in zip(expected, resumed, strict=True))
+
+    rows, unbroken = ([json.loads(s) for s in (d / "metrics.jsonl").read_text().splitlines()]
+                      for d in (broken, whole))  # fmt: skip
+    assert [r["step"] for r in rows] == [r["step"] for r in unbroken]
+    assert [r.get("loss") for r in rows] == [r.get("loss") for r in unbroken]

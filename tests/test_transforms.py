@@ -1,0 +1,90 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refseg_jax.data import transforms
+from refseg_jax.errors import UserError
+
+ORIENTATION = 0x0112  # the EXIF tag; 6 = turn a quarter clockwise to be upright
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (8, 8), (480, 640), (427, 333)])
+@pytest.mark.parametrize("size", [4, 64, 480])
+def test_resize_mask_is_torch_nearest(shape, size):
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    resized = transforms.resize_mask(mask, size)
+    expected = torch.nn.functional.interpolate(torch.tensor(mask)[None, None].double(), size)
+    assert resized.dtype == bool and resized.shape == (size, size)
+    np.testing.assert_array_equal(resized, expected[0, 0].numpy().astype(bool))
+
+
+@pytest.mark.parametrize("shape", [(90, 130), (17, 9)])
+def test_resize_image_is_antialiased_bilinear(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    resized = transforms.resize_image(image, 32)
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(image).permute(2, 0, 1)[None].float(), 32, mode="bilinear", antialias=True
+    )
+    assert resized.dtype == np.uint8 and resized.shape == (32, 32, 3)
+    # Pillow rounds after each of its two passes.
+    assert np.abs(resized - expected[0].permute(1, 2, 0).numpy()).max() <= 1.01
+
+
+def test_resize_map_is_bilinear_with_half_pixel_centres():
+    values = np.random.default_rng(0).normal(size=(7, 11)).astype(np.float32)
+    resized = transforms.resize_map(values, 50, 43)
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(values)[None, None], (50, 43), mode="bilinear"
+    )
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, expected[0, 0].numpy(), atol=1e-5)
+
+
+def test_normalize_takes_numpy_and_jax():
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    expected = (image / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    for array in (image, jnp.asarray(image)):
+        normalized = transforms.normalize(array)
+        assert normalized.dtype == np.float32 and isinstance(normalized, type(array))
+        np.testing.assert_allclose(normalized, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_read_image_gives_rgb(tmp_path, mode):
+    path = tmp_path / "picture.tif"
+    Image.new(mode, (6, 4)).save(path)
+    image = transforms.read_image(path)
+    assert image.shape == (4, 6, 3) and image.dtype == np.uint8
+
+
+def test_read_image_turns_upright_unless_annotations_say_otherwise(tmp_path):
+    stored = np.zeros((4, 6, 3), np.uint8)
+    stored[0, 0] = 255
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    path = tmp_path / "turned.png"
+    Image.fromarray(stored).save(path, exif=exif)
+
+    upright = transforms.read_image(path)
+    assert upright.shape == (6, 4, 3) and upright[0, -1].all()
+    np.testing.assert_array_equal(transforms.read_image(path, (6, 4)), upright)
+    np.testing.assert_array_equal(transforms.read_image(path, (4, 6)), stored)
+    with pytest.raises(UserError, match=r"turned.png is 4 x 6 .* drawn at 5 x 6"):
+        transforms.read_image(path, (5, 6))
+
+
+def test_read_image_refuses_what_is_no_picture(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(whole)
+    (tmp_path / "truncated.jpg").write_bytes(whole.read_bytes()[:2000])
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("truncated", "text", "empty", "folder"):
+        with pytest.raises(UserError, match=f"{name}.jpg"):
+            transforms.read_image(tmp_path / f"{name}.jpg")
+    with pytest.raises(UserError, match="no image file .*absent.jpg"):
+        transforms.read_image(tmp_path / "absent.jpg")

@@ -1,0 +1,57 @@
+"""The smallest config that still has every part: for tests of training and the command line."""
+
+import ml_collections
+
+from configs import alignformer
+
+# As flags, for tests that start a process; `config()` sets the same.
+FIELDS = {
+    "model.swin.embed_dim": 8,
+    "model.swin.depths": (1, 1, 1, 1),
+    "model.swin.num_heads": (1, 1, 2, 2),
+    "model.bert.hidden": 16,
+    "model.bert.layers": 1,
+    "model.bert.heads": 2,
+    "model.bert.intermediate": 16,
+    "model.dim": 16,
+    "model.heads": 2,
+    "model.points": 2,
+    "model.pixel_layers": 1,
+    "model.pixel_ffn": 16,
+    "model.decoder_layers": 1,
+    "model.decoder_ffn": 16,
+    "model.cmic_samples": 4,
+    "data.image_size": 64,
+    "data.shapes_scenes.train": 40,
+    "data.shapes_scenes.val": 2,
+    "data.shapes_scenes.testA": 1,
+    "data.shapes_scenes.testB": 1,
+    "train.batch_size": 8,
+    "train.steps": 6,
+    "train.log_every": 1,
+    "train.eval_every": 4,
+    "train.checkpoint_every": 2,
+    "optim.warmup_steps": 0,
+    "eval.batch_size": 8,
+    "eval.examples": 1,
+}
+
+
+def config(variant: str = "", **changes) -> ml_collections.ConfigDict:
+    """The tiny config of a variant; `changes` are dotted names with "." written "__"."""
+    result = alignformer.get_config(variant)
+    result.mesh.data = 1
+    fields = {**FIELDS, **{name.replace("__", "."): value for name, value in changes.items()}}
+    for name, value in fields.items():
+        section, _, field = name.rpartition(".")
+        node = result
+        for part in section.split("."):
+            node = node[part]
+        node[field] = value
+    return result
+
+
+def flags(**changes) -> list[str]:
+    """The same as command-line flags."""
+    fields = {**FIELDS, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
