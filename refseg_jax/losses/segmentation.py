@@ -21,6 +21,24 @@ def sigmoid_bce(logits: jax.Array, target: jax.Array, weight: jax.Array | None =
     return (weight * loss).sum(pixels) / jnp.where(total == 0, 1, total)
 
 
+def two_class_loss(
+    logits: jax.Array, mask: jax.Array, valid: jax.Array, weights: tuple[float, float]
+) -> jax.Array:
+    """Cross-entropy of background and foreground with class weights: float32 scalar.
+
+    The average is weighted over the pixels of the whole batch, as in PyTorch: an image counts by
+    the weight of its pixels.
+
+    Args:
+        logits: [B,h,w], foreground's minus background's.
+        mask: bool [B,h,w].
+        valid: bool [B], the rows that count.
+        weights: of a background and of a foreground pixel.
+    """
+    weight = jnp.where(mask, weights[1], weights[0]) * valid[:, None, None]
+    return sigmoid_bce(logits[None], mask[None], weight[None])[0]
+
+
 def majority_downsample(mask: jax.Array, factor: int = 4) -> jax.Array:
     """Labels of a grid `factor` times coarser, by majority: bool [B,H,W] -> [B,h,w].
 

@@ -9,8 +9,14 @@ import jax.numpy as jnp
 
 from refseg_jax.errors import UserError
 from refseg_jax.models.alignformer import AlignFormer
+from refseg_jax.models.crossvlt import CrossVLT
+from refseg_jax.models.lavt import LAVT
 
-MODELS: dict[str, type[nn.Module]] = {"alignformer": AlignFormer}
+MODELS: dict[str, type[nn.Module]] = {
+    "alignformer": AlignFormer,
+    "crossvlt": CrossVLT,
+    "lavt": LAVT,
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -1,1 +1,4 @@
-"""Published checkpoints -> our parameter trees, one table per source: hf.py (Hugging Face)."""
+"""Published checkpoints -> our parameter trees, one table per source.
+
+hf.py (Hugging Face), released.py (the authors' CrossVLT and LAVT).
+"""

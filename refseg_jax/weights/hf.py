@@ -7,7 +7,7 @@ every key is used or dropped on purpose.
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,12 +34,31 @@ class Table:
         modules: pattern of our module path -> their module path, or several whose outputs we
             compute as one, concatenated. The first full match counts.
         dropped: patterns of keys that we leave out on purpose.
+        parameters: path of a parameter that belongs to no such module -> their key.
     """
 
     source: str
     renames: tuple[tuple[str, str], ...]
     modules: Mapping[str, str | tuple[str, ...]]
     dropped: tuple[str, ...]
+    parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def spelling(self, key: str) -> str:
+        """The checkpoint's `key` as `modules` and `parameters` spell it."""
+        for pattern, replacement in self.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def sources(self, path: str) -> list[str]:
+        """The checkpoint's keys that make our leaf at `path`; several are concatenated."""
+        if path in self.parameters:
+            return [self.parameters[path]]
+        module, _, leaf = path.rpartition("/")
+        for pattern, theirs in self.modules.items():
+            if match := re.fullmatch(pattern, module):
+                theirs = (theirs,) if isinstance(theirs, str) else theirs
+                return [f"{match.expand(name)}.{_LEAVES[leaf]}" for name in theirs]
+        return [path]  # What the checkpoint cannot have: reported as missing.
 
 
 SWIN = Table(
@@ -157,23 +176,21 @@ def convert(state: Mapping[str, np.ndarray], params: Mapping, table: Table) -> d
     """
     keys, twice = {}, []
     for key in state:
-        name = key
-        for pattern, replacement in table.renames:
-            name = re.sub(pattern, replacement, name)
+        name = table.spelling(key)
         if name in keys:
             twice.append(f"{key} and {keys[name]}")
         keys[name] = key
 
     filled, missing, misshaped, used = {}, [], [], set()
     for path, ours in traverse_util.flatten_dict(params, sep="/").items():
-        names, to_ours = _sources(path, table)
+        names = table.sources(path)
         used.update(names)
         absent = [name for name in names if name not in keys]
         if absent:
             missing += absent
             continue
         arrays = [np.asarray(state[keys[name]], np.float32) for name in names]
-        filled[path] = _join(arrays, to_ours)
+        filled[path] = _join(arrays, path.endswith("/kernel"))
         if filled[path] is None or filled[path].shape != ours.shape:
             got = " + ".join(f"{n} {a.shape}" for n, a in zip(names, arrays, strict=True))
             misshaped.append(f"{got} for our {path} {ours.shape}")
@@ -203,40 +220,34 @@ def _params(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
-def _channels_last(weight: np.ndarray) -> np.ndarray:
-    """Linear or convolution weight [out, in, *window] -> kernel [*window, in, out]."""
-    return np.moveaxis(weight, (0, 1), (-1, -2))
-
-
-# Our leaf -> theirs, and what turns theirs into ours.
-_LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "kernel": ("weight", _channels_last),
-    "scale": ("weight", np.asarray),
-    "embedding": ("weight", np.asarray),
-    "bias": ("bias", np.asarray),
-    "bias_table": ("relative_position_bias_table", np.asarray),
+# Our leaf -> theirs.
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "bias_table": "relative_position_bias_table",
+    "mean": "running_mean",
+    "var": "running_var",
 }
 
 
-def _sources(path: str, table: Table) -> tuple[list[str], Callable[[np.ndarray], np.ndarray]]:
-    """The checkpoint's names that make our leaf at `path`, and the conversion of each."""
-    module, leaf = path.rsplit("/", 1)
-    their_leaf, to_ours = _LEAVES[leaf]
-    match, theirs = next(
-        (match, theirs)
-        for pattern, theirs in table.modules.items()
-        if (match := re.fullmatch(pattern, module))
-    )
-    theirs = (theirs,) if isinstance(theirs, str) else theirs
-    return [f"{match.expand(name)}.{their_leaf}" for name in theirs], to_ours
+def _channels_last(weight: np.ndarray) -> np.ndarray:
+    """Linear or convolution weight [out, in, *window] -> kernel [*window, in, out].
+
+    A convolution along a sequence with a window of 1 is a linear layer: [out, in, 1] -> [in, out].
+    """
+    if weight.ndim == 3 and weight.shape[2] == 1:
+        weight = weight[..., 0]
+    return np.moveaxis(weight, (0, 1), (-1, -2))
 
 
-def _join(
-    arrays: list[np.ndarray], to_ours: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray | None:
-    """The arrays, converted and concatenated along the outputs; None if their shapes forbid it."""
+def _join(arrays: list[np.ndarray], kernels: bool) -> np.ndarray | None:
+    """The arrays concatenated along the outputs; None if their shapes forbid it."""
     try:
-        return np.concatenate([to_ours(array) for array in arrays], axis=-1)
+        return np.concatenate(
+            [_channels_last(array) if kernels else array for array in arrays], axis=-1
+        )
     except ValueError:
         return None
 

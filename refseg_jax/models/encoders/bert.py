@@ -69,27 +69,38 @@ class BertEmbeddings(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Post-norm self-attention and feed-forward.
+    """Post-norm attention and feed-forward.
 
     `__call__(x [B, T, D], token_mask bool [B, T], train) -> [B, T, D]`: only tokens under the mask
-    are attended to.
+    are attended to. With `memory` [B, S, C] the tokens attend to its rows instead, to all of them,
+    and `token_mask` plays no part: CrossVLT's fusion layer.
     """
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, token_mask: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, token_mask: jax.Array, train: bool, memory: jax.Array | None = None
+    ) -> jax.Array:
         c = self.config
         B, T, D = x.shape
         d = D // c.heads
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_INIT)
         dropout = nn.Dropout(c.dropout, deterministic=not train)
 
-        q, k, v = jnp.moveaxis(dense(3 * D, name="qkv")(x).reshape(B, T, 3, c.heads, d), 2, 0)
+        def heads(y: jax.Array, parts: int) -> jax.Array:
+            return jnp.moveaxis(y.reshape(*y.shape[:2], parts, c.heads, d), 2, 0)
+
+        if memory is None:
+            q, k, v = heads(dense(3 * D, name="qkv")(x), 3)
+        else:
+            (q,) = heads(dense(D, name="query")(x), 1)
+            k, v = heads(dense(2 * D, name="key_value")(memory), 2)
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * d**-0.5
-        # A finite minimum leaves a row of padding without any token uniform instead of NaN.
-        logits = jnp.where(token_mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        if memory is None:
+            # A finite minimum leaves a row of padding without any token uniform instead of NaN.
+            logits = jnp.where(token_mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = dropout(jax.nn.softmax(logits)).astype(self.dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(B, T, D)
         x = _norm(c, self.dtype, "norm1")(x + dropout(dense(D, name="proj")(y)))

@@ -1,0 +1,232 @@
+"""CrossVLT: "Cross-aware Early Fusion with Stage-divided Vision and Language Transformer Encoders".
+
+Vision and language encoders are both cut into four stages that inform each other: the pixels of
+every stage attend to the words (twice, before and after patch merging), and each further language
+stage begins with a layer whose words attend to the pixels. Before each fusion the two are aligned
+by a contrastive loss. Equations are the paper's; where the authors' released code differs from
+them it is followed, so that their weights load, and the paper's form is a config field.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from refseg_jax.errors import UserError
+from refseg_jax.losses.segmentation import (
+    majority_downsample,
+    masked_mean,
+    sigmoid_bce,
+    two_class_loss,
+)
+from refseg_jax.models.encoders.bert import Bert, BertConfig, BertLayer
+from refseg_jax.models.encoders.swin import Swin, SwinConfig
+from refseg_jax.models.layers.activations import gelu
+from refseg_jax.models.layers.decoder import MaskDecoder
+from refseg_jax.models.layers.early_fusion import GatedResidual, PixelWordAttention
+from refseg_jax.models.layers.resize import resize_bilinear
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossVLTConfig:
+    """Defaults are those of the released code. Stages are counted from 1, as in the paper."""
+
+    swin: SwinConfig = SwinConfig()
+    bert: BertConfig = BertConfig(layers=6)  # Its layers are those of language stage 1.
+    language_depths: tuple[int, ...] = (2, 2, 2)  # Of stages 2-4, fusion layer included (table IV).
+    fusion_stages: tuple[int, ...] = (1, 2, 3, 4)  # Table III (a).
+    direction: str = "bi"  # Table III (d): "uni" fuses nothing into the language.
+    align_stages: tuple[int, ...] = (1, 2, 3, 4)  # Table III (b); () for no alignment.
+    align_loss: str = "align"  # Table III (e): "aux" segments every stage's pixels instead.
+    align_at: str = "input"  # Where it is scored: "stage" is eq. 7, "input" the released code.
+    align_dim: int = 256
+    head_dim: int = 64  # Of the pixels' attention.
+    class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground; eq. 8 has (1, 1).
+    task_weight: float = 2.0
+    align_weight: float = 1.0  # Eq. 9's lambda, where the task's weight is 1; not in the paper.
+
+    def __post_init__(self):
+        stages = tuple(range(1, len(self.swin.depths) + 1))
+        for name, choices in (
+            ("direction", ("bi", "uni")),
+            ("align_loss", ("align", "aux")),
+            ("align_at", ("input", "stage")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"config.model.{name}={getattr(self, name)!r} is not one of "
+                    + ", ".join(choices)
+                )
+        for name in ("fusion_stages", "align_stages"):
+            chosen = getattr(self, name)
+            if chosen != tuple(i for i in stages if i in chosen):
+                raise UserError(f"config.model.{name}={chosen} are not in-order stages of {stages}")
+        if len(self.language_depths) != len(stages) - 1 or min(self.language_depths) < 1:
+            raise UserError(
+                f"config.model.language_depths={self.language_depths} are not the layers, one or "
+                f"more each, of language stages {stages[1:]}"
+            )
+
+
+class PixelFusion(nn.Module):
+    """Pixels ask words, eq. 1 and the first half of eq. 2 (or 3).
+
+    As released, a linear layer and GELU follow the sum; what comes out is the stage's feature for
+    the decoder as well as the update of the pixels.
+    """
+
+    dim: int  # Joint width.
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
+        """vision [B, h, w, C], language [B, T, D], token_mask bool [B, T] -> [B, h, w, C]."""
+        attention = PixelWordAttention(self.dim, self.heads, dtype=self.dtype, name="attention")
+        fused = vision + attention(vision, language, token_mask)
+        return gelu(nn.Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused))
+
+
+class LanguageStage(nn.Module):
+    """BERT layers; in the first of them, with `fused`, the words ask the pixels, eq. 5."""
+
+    config: BertConfig
+    depth: int
+    fused: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, language: jax.Array, token_mask: jax.Array, vision: jax.Array, train: bool
+    ) -> jax.Array:
+        """language [B, T, D], token_mask bool [B, T], vision [B, h, w, C] -> [B, T, D]."""
+        layer = nn.remat(BertLayer, static_argnums=(3,)) if self.config.remat else BertLayer
+        if self.fused:
+            pixels = vision.reshape(vision.shape[0], -1, vision.shape[-1])
+            fusion = layer(self.config, self.dtype, name="fusion")
+            language = fusion(language, token_mask, train, pixels)
+        for i in range(self.depth - self.fused):
+            block = layer(self.config, self.dtype, name=f"blocks_{i}")
+            language = block(language, token_mask, train)
+        return language
+
+
+class Alignment(nn.Module):
+    """Sim of eq. 6: cosine of every pixel with the sentence, both projected to `dim`."""
+
+    dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, vision: jax.Array, sentence: jax.Array) -> jax.Array:
+        """vision [B, h, w, C], sentence [B, D] -> float32 [B, h, w]."""
+
+        def unit(x: jax.Array, name: str) -> jax.Array:
+            x = nn.Dense(self.dim, dtype=self.dtype, name=name)(x).astype(jnp.float32)
+            square = jnp.sum(x * x, -1, keepdims=True)
+            return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+        return jnp.einsum("bhwc,bc->bhw", unit(vision, "vision"), unit(sentence, "language"))
+
+
+class CrossVLT(nn.Module):
+    """The whole model. `dtype` is that of activations; parameters are float32."""
+
+    config: CrossVLTConfig
+    dtype: Any = jnp.float32
+    Config: ClassVar = CrossVLTConfig
+
+    def setup(self):
+        cfg = self.config
+        widths = cfg.swin.widths
+        self.swin = Swin(cfg.swin, dtype=self.dtype)
+        self.bert = Bert(cfg.bert, dtype=self.dtype)
+        self.language_stages = [
+            LanguageStage(
+                cfg.bert, depth, cfg.direction == "bi" and i in cfg.fusion_stages, self.dtype
+            )
+            for i, depth in enumerate(cfg.language_depths, 2)
+        ]
+
+        def fusion(dim):
+            return PixelFusion(dim, max(1, dim // cfg.head_dim), self.dtype)
+
+        # As released, the first stage attends in twice its width, the others in their own.
+        self.fusions = [fusion(width) for width in (2 * widths[0], *widths[1:])]
+        self.gates = [GatedResidual(self.dtype) for _ in widths]
+        self.merged_fusions = [fusion(width) for width in widths[1:]]
+        self.merged_gates = [GatedResidual(self.dtype) for _ in widths[1:]]
+        if cfg.align_loss == "aux":
+            self.aux_heads = [nn.Dense(1, dtype=self.dtype) for _ in widths]
+        elif cfg.align_stages:
+            self.alignments = [Alignment(cfg.align_dim, self.dtype) for _ in widths]
+            self.temperature = self.param(
+                "temperature", nn.initializers.ones, (len(cfg.align_stages),)
+            )
+        self.decoder = MaskDecoder(self.dtype)
+
+    def __call__(
+        self, image: jax.Array, tokens: jax.Array, token_mask: jax.Array, train: bool = False
+    ) -> dict[str, Any]:
+        """image f32 [B, H, W, 3] (normalised), tokens int32 [B, T], token_mask bool [B, T].
+
+        Returns float32 `logits` [B, H, W] (foreground's minus background's), `class_logits`
+        [B, H, W, 2], and `stage_logits`, a list of [B, h_i, w_i], one per aligned stage: the
+        similarity over its temperature, or the auxiliary head's logits.
+        """
+        cfg = self.config
+        language = self.bert(tokens, token_mask, train)
+        vision = self.swin.embed(image.astype(self.dtype))
+        features, stage_logits = [], []
+        last = len(cfg.swin.depths) - 1
+        for i in range(last + 1):
+            fused = i + 1 in cfg.fusion_stages
+            if i:
+                language = self.language_stages[i - 1](language, token_mask, vision, train)
+            vision = self.swin.stage(i, vision, train)
+            if i + 1 in cfg.align_stages:
+                stage_logits.append(self._stage_logits(i, vision, language))
+            feature = vision
+            if fused:
+                feature = self.fusions[i](vision, language, token_mask)
+                # The last gate's result goes nowhere; published checkpoints have it all the same.
+                vision = self.gates[i](vision, feature)  # Eq. 2: M_i.
+            features.append(feature)
+            if i < last:
+                vision = self.swin.merge(i, vision)
+                if fused:  # Eq. 3-4.
+                    update = self.merged_fusions[i](vision, language, token_mask)
+                    vision = self.merged_gates[i](vision, update)
+        class_logits = self.decoder(features, image.shape[1:3], train)
+        return {
+            "logits": class_logits[..., 1] - class_logits[..., 0],
+            "class_logits": class_logits,
+            "stage_logits": stage_logits,
+        }
+
+    def _stage_logits(self, i: int, vision: jax.Array, language: jax.Array) -> jax.Array:
+        if self.config.align_loss == "aux":
+            # Paper leaves open: the auxiliary head; one linear layer on the same V_i.
+            return self.aux_heads[i](vision)[..., 0].astype(jnp.float32)
+        temperature = self.temperature[self.config.align_stages.index(i + 1)]
+        return self.alignments[i](vision, language[:, 0]) / temperature
+
+    def loss(
+        self, outputs: dict[str, Any], mask: jax.Array, valid: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Eq. 6-9: mask bool [B, H, W], valid bool [B] -> (scalar, its parts). No use of `key`."""
+        cfg = self.config
+        task = two_class_loss(outputs["logits"], mask, valid, cfg.class_weights)
+        loss, scalars = cfg.task_weight * task, {"loss_task": task}
+        for stage, logits in zip(cfg.align_stages, outputs["stage_logits"], strict=True):
+            labels = mask
+            if cfg.align_at == "input":
+                logits = resize_bilinear(logits, mask.shape[1:], align_corners=True)
+            else:
+                labels = majority_downsample(mask, cfg.swin.patch_size * 2 ** (stage - 1))
+            align = masked_mean(sigmoid_bce(logits, labels), valid)
+            scalars[f"loss_{cfg.align_loss}{stage}"] = align
+            loss = loss + cfg.align_weight * align
+        return loss, scalars

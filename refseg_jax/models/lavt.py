@@ -1,0 +1,106 @@
+"""LAVT: "LAVT: Language-Aware Vision Transformer for Referring Image Segmentation".
+
+BERT reads the expression once; after the blocks of every Swin stage the pixels attend to its words
+(PWAM) and take a gated part of what they gather along to the next stage. The gathered features
+themselves go to a convolutional decoder. The form is that of the authors' released code, whose
+weights load.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from refseg_jax.errors import UserError
+from refseg_jax.losses.segmentation import two_class_loss
+from refseg_jax.models.encoders.bert import Bert, BertConfig
+from refseg_jax.models.encoders.swin import Swin, SwinConfig
+from refseg_jax.models.layers.activations import gelu
+from refseg_jax.models.layers.decoder import MaskDecoder
+from refseg_jax.models.layers.early_fusion import GatedResidual, PixelWordAttention
+
+
+@dataclasses.dataclass(frozen=True)
+class LAVTConfig:
+    """Defaults are those of the released code."""
+
+    swin: SwinConfig = SwinConfig()
+    bert: BertConfig = BertConfig()
+    fusion_heads: tuple[int, ...] = (1, 1, 1, 1)  # Of each stage's PWAM.
+    class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground.
+
+    def __post_init__(self):
+        heads, widths = self.fusion_heads, self.swin.widths
+        if len(heads) != len(widths) or any(
+            h < 1 or width % h for h, width in zip(heads, widths, strict=False)
+        ):
+            raise UserError(
+                f"config.model.fusion_heads={heads} do not divide the stages' widths {widths}"
+            )
+
+
+class PWAM(nn.Module):
+    """Pixel-word attention module: the projected pixels times what they gather from the words."""
+
+    heads: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
+        """vision [B, h, w, C], language [B, T, D], token_mask bool [B, T] -> [B, h, w, C]."""
+        C = vision.shape[-1]
+
+        def project(x: jax.Array, name: str) -> jax.Array:
+            return gelu(nn.Dense(C, dtype=self.dtype, name=name)(x))
+
+        # As released, the scale is the whole width's, however many heads share it.
+        attention = PixelWordAttention(C, self.heads, C**-0.5, self.dtype, name="attention")
+        gathered = attention(vision, language, token_mask)
+        return project(project(vision, "vision") * gathered, "mix")
+
+
+class LAVT(nn.Module):
+    """The whole model. `dtype` is that of activations; parameters are float32."""
+
+    config: LAVTConfig
+    dtype: Any = jnp.float32
+    Config: ClassVar = LAVTConfig
+
+    def setup(self):
+        cfg = self.config
+        self.swin = Swin(cfg.swin, dtype=self.dtype)
+        self.bert = Bert(cfg.bert, dtype=self.dtype)
+        self.fusions = [PWAM(heads, self.dtype) for heads in cfg.fusion_heads]
+        self.gates = [GatedResidual(self.dtype) for _ in cfg.fusion_heads]
+        self.decoder = MaskDecoder(self.dtype)
+
+    def __call__(
+        self, image: jax.Array, tokens: jax.Array, token_mask: jax.Array, train: bool = False
+    ) -> dict[str, jax.Array]:
+        """image f32 [B, H, W, 3] (normalised), tokens int32 [B, T], token_mask bool [B, T].
+
+        Returns float32 `logits` [B, H, W] (foreground's minus background's) and `class_logits`
+        [B, H, W, 2].
+        """
+        language = self.bert(tokens, token_mask, train)
+        vision = self.swin.embed(image.astype(self.dtype))
+        features = []
+        for i, (fusion, gate) in enumerate(zip(self.fusions, self.gates, strict=True)):
+            vision = self.swin.stage(i, self.swin.merge(i - 1, vision) if i else vision, train)
+            features.append(fusion(vision, language, token_mask))
+            # The last gate's result goes nowhere; published checkpoints have it all the same.
+            vision = gate(vision, features[-1])
+        class_logits = self.decoder(features, image.shape[1:3], train)
+        return {
+            "logits": class_logits[..., 1] - class_logits[..., 0],
+            "class_logits": class_logits,
+        }
+
+    def loss(
+        self, outputs: dict[str, jax.Array], mask: jax.Array, valid: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """mask bool [B, H, W], valid bool [B] -> (scalar, its parts). No use of `key`."""
+        loss = two_class_loss(outputs["logits"], mask, valid, self.config.class_weights)
+        return loss, {"loss_task": loss}

@@ -1,0 +1,173 @@
+"""CrossVLT's variants, the recipes of CrossVLT and LAVT, and their way through a training step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from configs import crossvlt, lavt
+from refseg_jax import models
+from refseg_jax.errors import UserError
+from refseg_jax.losses.segmentation import two_class_loss
+from refseg_jax.models.crossvlt import CrossVLTConfig
+from refseg_jax.models.layers.norms import BatchNorm
+from refseg_jax.optim import assign_groups, make_optimizer
+from refseg_jax.train import train_step
+from refseg_jax.train_state import init_state, init_variables
+from refseg_jax.weights.released import crossvlt_from_released
+
+CONFIGS = {"crossvlt": crossvlt, "lavt": lavt}
+
+
+def build(config):
+    config.model.bert.vocab_size = config.model.bert.vocab_size or 100
+    return models.build(config.model)
+
+
+def abstract_variables(config):
+    init = functools.partial(
+        init_variables,
+        build(config),
+        image_size=config.data.image_size,
+        max_tokens=config.data.max_tokens,
+    )
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def paths(config) -> set[str]:
+    """Names of the modules at the top, and of those one below in the language stages."""
+    flat = traverse_util.flatten_dict(abstract_variables(config)["params"])
+    return {path[0] for path in flat} | {"/".join(path[:2]) for path in flat if len(path) > 2}
+
+
+@pytest.mark.parametrize(
+    "name, variant",
+    [
+        ("crossvlt", v)
+        for v in ("", "refcoco", "refcoco+,paper", "refcocog_umd,small", "refcoco,uni")
+    ]
+    + [("crossvlt", v) for v in ("refcoco,aux", "refcoco,no_align", "refcoco,swin_small")]
+    + [("lavt", v) for v in ("", "refcoco", "refcoco,small", "refcoco,swin_small")],
+)
+def test_every_recipe_builds_and_its_groups_fit(name, variant):
+    config = CONFIGS[name].get_config(variant)
+    params = abstract_variables(config)["params"]
+    assign_groups(params, config.optim.groups)
+
+
+def test_paper_and_released_recipes_differ_where_they_should():
+    released, paper = (crossvlt.get_config(v) for v in ("refcoco", "refcoco,paper"))
+    assert (released.optim.lr, paper.optim.lr) == (3e-5, 3e-4)
+    assert (released.model.class_weights, paper.model.class_weights) == ((0.9, 1.1), (1.0, 1.0))
+    assert released.data.sampling == "ref" and released.data.max_tokens == 21
+    frozen = [
+        dict((pattern, rate) for pattern, rate, _ in c.optim.groups) for c in (released, paper)
+    ]
+    assert "^temperature$" not in frozen[0] and frozen[1]["^temperature$"] == 1
+
+
+def test_variants_have_their_parts_only():
+    full = paths(crossvlt.get_config())
+    assert {"fusions_0", "merged_fusions_0", "language_stages_0/fusion", "temperature"} <= full
+    uni = paths(crossvlt.get_config("uni"))
+    assert {"fusions_0", "language_stages_0/blocks_0"} <= uni
+    assert "language_stages_0/fusion" not in uni
+    late = crossvlt.get_config("no_align")
+    late.model.fusion_stages = (4,)
+    late = paths(late)
+    assert {"fusions_3", "language_stages_2/fusion", "language_stages_0/blocks_0"} <= late
+    assert not late & {"fusions_2", "merged_fusions_2", "gates_2", "language_stages_1/fusion"}
+    assert not late & {"alignments_0", "temperature"}
+    aux = paths(crossvlt.get_config("aux"))
+    assert "aux_heads_3" in aux and not aux & {"alignments_3", "temperature"}
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("direction", "both"),
+        ("fusion_stages", (0, 1)),
+        ("align_stages", (3, 2)),
+        ("language_depths", (2, 0, 2)),
+        ("language_depths", (2, 2)),
+    ],
+)
+def test_wrong_fields_are_named(field, value):
+    with pytest.raises(UserError, match=f"config.model.{field}"):
+        CrossVLTConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["crossvlt", "lavt"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_step_carries_the_running_statistics(name, accumulate):
+    """Shapes only: the state that comes out fits where it came from."""
+    config = CONFIGS[name].get_config()
+    model = build(config)
+    variables = abstract_variables(config)
+    tx, _ = make_optimizer(config.optim, variables["params"], 1000)
+    state = jax.eval_shape(
+        lambda variables, key: init_state(variables, lambda _: tx, key, False),
+        variables,
+        jax.random.key(0),
+    )
+    B, H, T = 4, config.data.image_size, config.data.max_tokens
+    batch = dict(
+        image=jax.ShapeDtypeStruct((B, H, H, 3), jnp.uint8),
+        mask=jax.ShapeDtypeStruct((B, H, H), jnp.bool_),
+        tokens=jax.ShapeDtypeStruct((B, T), jnp.int32),
+        token_mask=jax.ShapeDtypeStruct((B, T), jnp.bool_),
+        valid=jax.ShapeDtypeStruct((B,), jnp.bool_),
+    )
+    step = functools.partial(train_step, model=model, tx=tx, accumulate=accumulate)
+    after, scalars = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert jax.tree.leaves(state.model_state["batch_stats"])
+    assert "loss_task" in scalars
+
+
+@pytest.mark.parametrize("align_at", ["input", "stage"])
+def test_loss_of_logits_that_know_nothing(align_at):
+    config = crossvlt.get_config()
+    config.model.align_at = align_at
+    mask = np.random.default_rng(0).random((2, 50, 70)) < 0.3
+    outputs = {
+        "logits": jnp.zeros(mask.shape),
+        # Of 50 x 70 pixels.
+        "stage_logits": [jnp.zeros((2, h, w)) for h, w in ((13, 18), (7, 9), (4, 5), (2, 3))],
+    }
+    loss, scalars = build(config).loss(outputs, mask, np.array([True, False]), jax.random.key(0))
+    np.testing.assert_allclose(loss, (2 + 4) * np.log(2), rtol=1e-6)
+    assert set(scalars) == {"loss_task", *(f"loss_align{i}" for i in (1, 2, 3, 4))}
+
+
+def test_two_class_loss_weighs_the_pixels_of_the_whole_batch():
+    rng = np.random.default_rng(0)
+    logits, mask = rng.normal(size=(3, 4, 5)), rng.random((3, 4, 5)) < 0.4
+    valid = np.array([True, True, False])
+    weight = np.where(mask, 1.1, 0.9)[valid]
+    entropy = np.log1p(np.exp(np.where(mask, -logits, logits)))[valid]
+    ours = two_class_loss(jnp.asarray(logits), mask, valid, (0.9, 1.1))
+    np.testing.assert_allclose(ours, (weight * entropy).sum() / weight.sum(), rtol=1e-6)
+
+
+def test_batch_norm_learns_the_unbiased_variance():
+    x = np.random.default_rng(0).normal(3, 2, (2, 3, 1, 5)).astype(np.float32)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=True)
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
+    y, updated = norm.apply(variables, x, train=True, mutable="batch_stats")
+    np.testing.assert_allclose(y.reshape(-1, 5).std(0), 1, rtol=1e-4)
+    flat = x.reshape(-1, 5)
+    stats = updated["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * flat.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_one_short_error():
+    state = {f"backbone.layers.0.blocks.{i}.norm1.weight": np.zeros(3) for i in range(99)}
+    with pytest.raises(UserError, match="not a released CrossVLT checkpoint") as error:
+        crossvlt_from_released(state, CrossVLTConfig())
+    assert len(str(error.value)) < 2000
