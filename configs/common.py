@@ -87,6 +87,9 @@ def get_common(words: set[str]) -> ConfigDict:
 
     # Devices: data x fsdp, -1 for "the rest". Rules: (path regex, axis name or None per dimension).
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, rules=(), min_fsdp_size=2**14))
+    # A machine without accelerators counts as so many devices: two small programs keep two cores
+    # busier than one program with two threads does.
+    config.mesh.cpu_devices = 2
 
     # Where parameters start; empty: from scratch. A run's workdir, and Hugging Face safetensors.
     config.init = ConfigDict(dict(checkpoint="", swin="", bert=""))

@@ -26,13 +26,16 @@ class Checkpoints:
     def __init__(self, workdir: str):
         root = pathlib.Path(workdir).absolute() / "checkpoints"
         self.last = ocp.CheckpointManager(
-            root / "last", options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+            root / "last",
+            options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
+            item_handlers=ocp.StandardCheckpointHandler(),
         )
         self.best = ocp.CheckpointManager(
             root / "best",
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=1, create=True, best_fn=lambda m: m["score"], best_mode="max"
             ),
+            item_handlers=ocp.StandardCheckpointHandler(),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -136,15 +139,18 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
         raise UserError(f"{path} is not valid JSON: {e}") from None
 
 
-def load_variables(workdir: str, abstract: Any) -> Any:
-    """The best variables of the run in `workdir`, laid out as `abstract`.
+def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The best variables of the run in `workdir`, shaped like `variables`, laid out by `sharding`.
 
     Raises:
       UserError: there are none, or they do not fit.
     """
     read_config(workdir)  # Fails first, and better, where `workdir` is no run at all.
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables
+    )
     with Checkpoints(workdir) as checkpoints:
-        variables = checkpoints.restore_best(abstract)
-    if variables is None:
+        loaded = checkpoints.restore_best(abstract)
+    if loaded is None:
         raise UserError(f"{workdir} has no best checkpoint yet: train until the first evaluation")
-    return variables
+    return loaded

@@ -1,11 +1,12 @@
 """The front door: `python -m refseg_jax.main --config configs/alignformer.py`."""
 
 import json
+import os
 import pathlib
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from refseg_jax.errors import UserError
@@ -38,6 +39,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
     begun = time.time()
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
+    option = "--xla_force_host_platform_device_count"
+    if option not in os.environ.get("XLA_FLAGS", ""):
+        count = min(flags.FLAGS.config.mesh.cpu_devices, os.cpu_count())
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {option}={count}"
     from refseg_jax import run  # Late, so that --help and a typo answer at once.
 
     # configs/alignformer.py:refcoco,small -> runs/alignformer_refcoco_small

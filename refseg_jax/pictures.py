@@ -7,28 +7,6 @@ PREDICTION_COLOR = (255, 0, 190)  # as rare in photographs as in the drawn scene
 TRUTH_COLOR = (0, 216, 255)
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """Any PIL image -> uint8 [H, W, 3].
-
-    16-bit grey keeps its high byte, other deep grey images are stretched to their own range, and
-    transparency is laid over white.
-    """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        values = np.asarray(image, np.float64)
-        low, high = values.min(), values.max()
-        # A 16-bit PNG may arrive as 32-bit integers: keep its scale rather than stretch it.
-        if image.mode == "I" and low >= 0 and high <= 65535:
-            low, high = 0.0, 255.0 if high <= 255 else 65535.0
-        grey = (values - low) * (255.0 / max(high - low, 1e-12))
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
-
-
 def fit(image: np.ndarray, longest: int) -> np.ndarray:
     """Scales an image uint8 [H, W, 3] or a mask bool [H, W] to `longest` px on its long side."""
     height, width = image.shape[:2]

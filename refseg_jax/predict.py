@@ -14,14 +14,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
 
-from refseg_jax import pictures
+from refseg_jax import checkpoint, models, pictures
 from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.models.layers.resize import resize_bilinear
+from refseg_jax.train_state import init_variables
 
 INPUTS = ("image", "tokens", "token_mask")  # What of a batch the model sees.
 
@@ -97,23 +99,34 @@ def load_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
         if image.ndim == 3 and image.shape[-1] == 1:
             image = image[..., 0]
         try:
-            if not image.size:
-                raise ValueError("empty")
             image = Image.fromarray(image)
         except (TypeError, ValueError) as e:
             raise UserError(
-                f"array {image.dtype}{list(image.shape)} is not an image: "
+                f"image array {image.dtype}{list(image.shape)} is not an image: "
                 "give uint8 [H, W, 3], [H, W, 4] or [H, W]"
             ) from e
-    try:
-        if not isinstance(image, Image.Image):
-            with Image.open(image) as opened:
-                return load_image(opened)
-        return pictures.to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise UserError(f"{image}: no such image file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"{image}: not a readable image ({e})") from e
+    if isinstance(image, Image.Image):
+        return transforms.to_rgb(ImageOps.exif_transpose(image))
+    return transforms.read_image(image)
+
+
+def load_run(
+    workdir: str | os.PathLike, sharding: jax.sharding.Sharding | None = None
+) -> tuple[ml_collections.ConfigDict, nn.Module, Any]:
+    """(config, model, best variables) of the run in `workdir`; variables laid out by `sharding`.
+
+    Raises:
+      UserError: `workdir` is no run, it has no checkpoint yet, or one that does not fit.
+    """
+    config = checkpoint.read_config(workdir)
+    model = models.build(config.model)
+    abstract = jax.eval_shape(
+        lambda: init_variables(
+            model, jax.random.key(0), config.data.image_size, config.data.max_tokens
+        )
+    )
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return config, model, checkpoint.load_variables(workdir, abstract, sharding)
 
 
 class Predictor:
@@ -144,17 +157,15 @@ class Predictor:
         self._predict = make_predict_step(model)
 
     @classmethod
-    def from_workdir(cls, workdir: str | os.PathLike, which: str = "best") -> "Predictor":
-        """The model trained in `workdir`; `which` checkpoint: "best" or "last".
+    def from_workdir(cls, workdir: str | os.PathLike) -> "Predictor":
+        """The best checkpoint of the run in `workdir`.
 
         Raises:
-          UserError: `workdir` is no run, or holds no such checkpoint.
+          UserError: see `load_run`.
         """
-        from refseg_jax import checkpoint, models
-
-        config, variables = checkpoint.load_for_inference(workdir, which)
+        config, model, variables = load_run(workdir)
         return cls(
-            models.build(config.model),
+            model,
             variables,
             Tokenizer.load(pathlib.Path(workdir) / checkpoint.TOKENIZER_FILE),
             config.data.image_size,
@@ -194,7 +205,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", required=True, help="image file, any size")
     parser.add_argument("--text", required=True, help="the expression, e.g. 'the dog on the left'")
     parser.add_argument("--out", default=".", help="where the two PNG files go (default: here)")
-    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     parser.add_argument(
         "--threshold", type=float, help="foreground probability (default: the run's)"
     )
@@ -210,7 +220,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     # The image first: a mistyped path should not wait for a model to load.
     image = load_image(arguments.image)
-    predictor = Predictor.from_workdir(arguments.workdir, arguments.which)
+    predictor = Predictor.from_workdir(arguments.workdir)
     if arguments.threshold is not None:
         predictor.threshold = arguments.threshold
     prediction = predictor(image, arguments.text)

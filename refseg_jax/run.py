@@ -7,15 +7,14 @@ from typing import Any
 import jax
 import ml_collections
 
-from refseg_jax import checkpoint, data, evaluate, models
+from refseg_jax import checkpoint, data, evaluate
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.logging import read_metrics
-from refseg_jax.predict import make_predict_step
+from refseg_jax.predict import load_run, make_predict_step
 from refseg_jax.report import write_report
 from refseg_jax.sharding import batch_sharding, make_mesh, replicated, to_device
 from refseg_jax.train import evaluation_settings, train
-from refseg_jax.train_state import init_variables
 
 # What may change when a run is resumed: nothing that its parameters depend on.
 FREE_FIELDS = (
@@ -107,16 +106,8 @@ def evaluate_run(
     Raises:
       UserError: there is no checkpoint, it does not fit, or a split is missing.
     """
-    model = models.build(config.model)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    key = jax.random.key(0)
-    abstract = jax.eval_shape(
-        lambda: init_variables(model, key, config.data.image_size, config.data.max_tokens)
-    )
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract
-    )
-    variables = checkpoint.load_variables(workdir, abstract)
+    _, model, variables = load_run(workdir, replicated(mesh))
     predict_fn = make_predict_step(model, batch_sharding(mesh))
 
     def sweep(split, **kwargs):

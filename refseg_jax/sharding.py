@@ -48,7 +48,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def largest_divisible(shape: tuple[int, ...], parts: int, min_size: int) -> PartitionSpec:
-    """Splits the largest dimension that `parts` divides over "fsdp", from `min_size` elements on."""
+    """Splits the largest dimension that `parts` divides, in arrays of at least `min_size`."""
     candidates = [i for i, n in enumerate(shape) if n % parts == 0]
     if parts == 1 or int(np.prod(shape)) < min_size or not candidates:
         return PartitionSpec()

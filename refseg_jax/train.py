@@ -249,6 +249,15 @@ def train(config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str)
                 f"{trainer.source.num_sentences} sentences of {len(trainer.source)} refs, "
                 f"{trainer.mesh.size} {jax.default_backend()} device(s)"
             )
+            checked = min(10_000, trainer.source.num_sentences)
+            cut = pipeline.count_truncated(
+                trainer.source, tokenizer, config.data.max_tokens, limit=checked
+            )
+            if cut:
+                writer.say(
+                    f"{cut} of {checked} training expressions are longer than "
+                    f"config.data.max_tokens={config.data.max_tokens} and lose their end"
+                )
             _loop(trainer, checkpoints, writer, stop, start)
         finally:
             writer.close()

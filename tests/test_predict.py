@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from refseg_jax import pictures, predict
+from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 
@@ -93,13 +94,13 @@ def test_every_colour_mode(predictor, photo, mode):
 
 def test_deep_grey_and_transparency_to_rgb():
     deep = Image.fromarray(np.array([[0, 0x80FF, 0xFFFF]], np.uint16))
-    np.testing.assert_array_equal(pictures.to_rgb(deep)[0, :, 0], [0, 128, 255])
+    np.testing.assert_array_equal(transforms.to_rgb(deep)[0, :, 0], [0, 128, 255])
     wide = Image.fromarray(np.array([[0, 32896, 65535]], np.int32))
-    np.testing.assert_array_equal(pictures.to_rgb(wide)[0, :, 0], [0, 128, 255])
+    np.testing.assert_array_equal(transforms.to_rgb(wide)[0, :, 0], [0, 128, 255])
     floats = Image.fromarray(np.array([[-1, 0, 1]], np.float32))
-    np.testing.assert_array_equal(pictures.to_rgb(floats)[0, :, 0], [0, 128, 255])
+    np.testing.assert_array_equal(transforms.to_rgb(floats)[0, :, 0], [0, 128, 255])
     clear = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
-    np.testing.assert_array_equal(pictures.to_rgb(clear), np.full((1, 1, 3), 255))
+    np.testing.assert_array_equal(transforms.to_rgb(clear), np.full((1, 1, 3), 255))
 
 
 def test_bad_input_is_a_user_error(predictor, photo, tmp_path):
@@ -139,7 +140,7 @@ def test_drawing():
 
 @pytest.fixture
 def workdir(predictor, monkeypatch):
-    monkeypatch.setattr(predict.Predictor, "from_workdir", lambda workdir, which: predictor)
+    monkeypatch.setattr(predict.Predictor, "from_workdir", lambda workdir: predictor)
     return "somewhere"
 
 

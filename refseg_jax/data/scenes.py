@@ -25,7 +25,7 @@ COLORS = {
     "white": (240, 240, 240),
 }
 # Radius in fractions of the side.
-SIZES = {"small": (0.09, 0.1), "medium": (0.125, 0.14), "big": (0.175, 0.19)}
+SIZES = {"small": (0.115, 0.13), "medium": (0.155, 0.175), "big": (0.2, 0.225)}  # radius, of side
 TEXTURES = ("plain", "striped", "dotted", "checked")
 _PERIOD = {"striped": 0.062, "dotted": 0.075, "checked": 0.095}  # of a texture, of the side
 _DARKENING = 0.68  # how much darker a texture's second tone is
@@ -62,7 +62,7 @@ LEXICON = grammar.Lexicon(
     generic=("one", "thing", "shape", "object"),
 )
 
-MAX_SHAPES = 6
+MAX_SHAPES = 4
 _MIN_SHAPES = 3
 # Of two centres, in sums of their radii: shapes may overlap if their colours tell them apart.
 _MIN_DISTANCE = 0.5

@@ -28,22 +28,44 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     path = pathlib.Path(path)
     try:
         with Image.open(path) as file:
-            stored = file.convert("RGB")
-            upright = ImageOps.exif_transpose(file).convert("RGB")
+            stored = to_rgb(file)
+            upright = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise UserError(f"no image file {path}") from None
     # Pillow reports damage as OSError, SyntaxError or ValueError, depending on the format.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {path} as an image ({error}): replace the file") from error
     if size is None:
-        return np.asarray(upright)
+        return upright
     for image in (upright, stored):
-        if (image.height, image.width) == tuple(size):
-            return np.asarray(image)
+        if image.shape[:2] == tuple(size):
+            return image
     raise UserError(
-        f"{path} is {stored.height} x {stored.width} (height x width), its annotations were drawn "
+        f"{path} is {len(stored)} x {len(stored[0])} (height x width), its annotations were drawn "
         f"at {size[0]} x {size[1]}: use the original image"
     )
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Any PIL image -> uint8 [H, W, 3].
+
+    16-bit grey keeps its high byte, other deep grey images are stretched to their own range, and
+    transparency is laid over white.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        # A 16-bit PNG may arrive as 32-bit integers: keep its scale rather than stretch it.
+        if image.mode == "I" and low >= 0 and high <= 65535:
+            low, high = 0.0, 255.0 if high <= 255 else 65535.0
+        grey = (values - low) * (255.0 / max(high - low, 1e-12))
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:

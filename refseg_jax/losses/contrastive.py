@@ -1,34 +1,16 @@
-"""AlignFormer's vision-language contrastive losses (section 3.3), per sample and in float32."""
+"""AlignFormer's cross-modal instance contrastive loss (section 3.3), per sample and in float32.
+
+The pixel-text contrast beside it (eq. 8-9) is the binary cross-entropy of L_e . V_e:
+`segmentation.sigmoid_bce`.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from refseg_jax.losses.segmentation import sigmoid_bce
-
-
-def center_logits(pixel_embedding: jax.Array, center_embedding: jax.Array) -> jax.Array:
-    """L_e . V_e of every pixel: [B,S,C] and [B,C] -> float32 [B,S]."""
-    return jnp.einsum(
-        "bsc,bc->bs", pixel_embedding, center_embedding, preferred_element_type=jnp.float32
-    )
-
-
-def pixel_text_loss(
-    pixel_embedding: jax.Array, center_embedding: jax.Array, labels: jax.Array
-) -> jax.Array:
-    """Pixel-text contrast, eq. 8-9: float32 [B].
-
-    Args:
-        pixel_embedding: V_e [B,S,C].
-        center_embedding: L_e [B,C].
-        labels: bool [B,S].
-    """
-    return sigmoid_bce(center_logits(pixel_embedding, center_embedding), labels)
-
 
 def cmic_loss(
     pixel_embedding: jax.Array,
-    center_embedding: jax.Array,
+    logits: jax.Array,
     labels: jax.Array,
     key: jax.Array,
     num_samples: int = 20,
@@ -41,13 +23,13 @@ def cmic_loss(
 
     Args:
         pixel_embedding: V_e [B,S,C].
-        center_embedding: L_e [B,C]; receives no gradient.
+        logits: L_e . V_e of every pixel [B,S]; receives no gradient.
         labels: bool [B,S].
         key: draws the samples.
         num_samples: M.
     """
     # Paper leaves open: whether lambda_j carries gradient; here it is a weight and carries none.
-    logits = jax.lax.stop_gradient(center_logits(pixel_embedding, center_embedding))
+    logits = jax.lax.stop_gradient(logits.astype(jnp.float32))
 
     def image_loss(key, pixels, logits, labels):
         predicted = logits > 0

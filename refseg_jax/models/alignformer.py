@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from refseg_jax.errors import UserError
-from refseg_jax.losses.contrastive import cmic_loss, pixel_text_loss
+from refseg_jax.losses.contrastive import cmic_loss
 from refseg_jax.losses.segmentation import majority_downsample, masked_mean, sigmoid_bce
 from refseg_jax.models.encoders.bert import Bert, BertConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
@@ -40,6 +40,13 @@ class AlignFormerConfig:
     fuse_hidden: float = 1.0  # Open: hidden width of fuse(.), in output widths.
     gate_hidden: float = 1.0  # Open: hidden width of gate(.), in output widths.
     lateral: bool = False  # Open: stage 1 joins the 1/4 map, as in Mask2Former.
+    # Open: sine positions added to the patch embedding. Swin has none of its own; a pretrained one
+    # has learned to tell places from padding, a small one from scratch has not.
+    pixel_positions: bool = False
+    # Open: a linear layer on L_e, initialised small, and a learned bias of the logits, initialised
+    # at the log-odds of this foreground share: training from scratch then starts at the share's
+    # entropy and not at large random logits. 0: neither, as printed.
+    prior: float = 0.0
     query: str = "cls"  # Open: the query starts from [CLS] of L_4', or the "mean" of its tokens.
     dim: int = 256
     heads: int = 8
@@ -208,6 +215,13 @@ class CentreDecoder(nn.Module):
             query = DecoderLayer(
                 cfg.dim, cfg.heads, cfg.decoder_ffn, cfg.dropout, self.dtype, name=f"layer{i}"
             )(query, memory[level], key_positions=positions[level], train=train)
+        if cfg.prior:
+            query = nn.Dense(
+                cfg.dim,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(0.02),
+                name="projection",
+            )(query)
         return query[:, 0]
 
 
@@ -230,6 +244,10 @@ class AlignFormer(nn.Module):
         self.pixel_decoder = PixelDecoder(cfg, self.dtype)
         if cfg.grouping:
             self.centre_decoder = CentreDecoder(cfg, self.dtype)
+            self.bias = 0.0
+            if cfg.prior:
+                log_odds = math.log(cfg.prior / (1 - cfg.prior))
+                self.bias = self.param("bias", nn.initializers.constant(log_odds), ())
         else:
             self.classifier = nn.Dense(1, dtype=self.dtype)
 
@@ -239,11 +257,14 @@ class AlignFormer(nn.Module):
         """image f32 [B, H, W, 3] (normalised), tokens int32 [B, T], token_mask bool [B, T].
 
         Returns float32 `logits` [B, h, w] at 1/4 (h = ceil(H / 4)), `pixel_embedding` V_e
-        [B, h, w, dim] and, with grouping, `centre_embedding` L_e [B, dim].
+        [B, h, w, dim].
         """
         cfg = self.config
         language = self.bert(tokens, token_mask, train)
         vision = self.swin.embed(image.astype(self.dtype))
+        if cfg.pixel_positions:
+            positions = sine_positions(*vision.shape[1:])
+            vision += jnp.asarray(positions, vision.dtype).reshape(vision.shape[1:])
         features = []
         stages = len(cfg.swin.depths)
         for i in range(stages):
@@ -262,8 +283,8 @@ class AlignFormer(nn.Module):
             return {"logits": logits, "pixel_embedding": pixels}
         centre = self.centre_decoder(language, token_mask, levels, shapes, train)
         centre = centre.astype(jnp.float32)
-        logits = jnp.einsum("bhwc,bc->bhw", pixels, centre)
-        return {"logits": logits, "pixel_embedding": pixels, "centre_embedding": centre}
+        logits = jnp.einsum("bhwc,bc->bhw", pixels, centre) + self.bias
+        return {"logits": logits, "pixel_embedding": pixels}
 
     def loss(
         self, outputs: dict[str, jax.Array], mask: jax.Array, valid: jax.Array, key: jax.Array
@@ -272,16 +293,18 @@ class AlignFormer(nn.Module):
         cfg = self.config
         logits = outputs["logits"]
         labels = majority_downsample(mask, cfg.swin.patch_size)
-        if not cfg.grouping:
-            loss = masked_mean(sigmoid_bce(logits, labels), valid)
-            return loss, {"loss_bce": loss}
-        batch = logits.shape[0]
-        pixels = outputs["pixel_embedding"].reshape(batch, -1, cfg.dim)
-        centre, labels = outputs["centre_embedding"], labels.reshape(batch, -1)
-        loss = masked_mean(pixel_text_loss(pixels, centre, labels), valid)
+        loss = masked_mean(sigmoid_bce(logits, labels), valid)  # Eq. 8-9.
         scalars = {"loss_pixel_text": loss}
         if cfg.cmic_weight:
-            cmic = masked_mean(cmic_loss(pixels, centre, labels, key, cfg.cmic_samples), valid)
-            scalars["loss_cmic"] = cmic
-            loss = loss + cfg.cmic_weight * cmic
+            pixels = outputs["pixel_embedding"]
+            flat = (len(pixels), -1)
+            per_image = cmic_loss(
+                pixels.reshape(*flat, cfg.dim),
+                logits.reshape(flat),
+                labels.reshape(flat),
+                key,
+                cfg.cmic_samples,
+            )
+            scalars["loss_cmic"] = masked_mean(per_image, valid)
+            loss = loss + cfg.cmic_weight * scalars["loss_cmic"]
         return loss, scalars

@@ -25,10 +25,7 @@ def load_initial(
     """
     if config.init.checkpoint:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), variables
-        )
-        loaded = checkpoint.load_variables(config.init.checkpoint, abstract)
+        loaded = checkpoint.load_variables(config.init.checkpoint, variables, here)
         return jax.tree.map(np.asarray, loaded), f"all parameters from {config.init.checkpoint}"
     params, origins = {}, []
     for name, path, convert, encoder in (
