@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
+
+from tests import tiny
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ def config(**changes):
 def test_poly_schedule_is_the_papers():
     schedule = make_schedule(config(), 1000)
     for step in (0, 1, 500, 999):
-        np.testing.assert_allclose(schedule(step), 5e-5 * (1 - step / 1000) ** 0.9, rtol=1e-5)
+        np.testing.assert_allclose(schedule(step), 5e-5 * (1 - step / 1000) ** 0.9, rtol=1e-4)
 
 
 def test_warmup_then_decay_and_constant_end():

@@ -104,7 +104,7 @@ def test_deep_grey_and_transparency_to_rgb():
 
 
 def test_bad_input_is_a_user_error(predictor, photo, tmp_path):
-    with pytest.raises(UserError, match="no such"):
+    with pytest.raises(UserError, match="no image file"):
         predictor(tmp_path / "absent.jpg", "red")
     (tmp_path / "text.jpg").write_text("not an image")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(

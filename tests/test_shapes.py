@@ -26,7 +26,7 @@ def _first(split, num_scenes, **kwargs):
 
 def _forget():
     shapes._scene.cache_clear()
-    shapes._drawn.cache_clear()
+    shapes._drawings.cache_clear()
 
 
 def test_same_seed_same_samples():

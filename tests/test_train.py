@@ -10,10 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from refseg_jax import checkpoint, run, train
 from refseg_jax.errors import UserError
+from tests import tiny
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 

@@ -25,9 +25,9 @@ COLORS = {
     "white": (240, 240, 240),
 }
 # Radius in fractions of the side.
-SIZES = {"small": (0.115, 0.13), "medium": (0.155, 0.175), "big": (0.2, 0.225)}  # radius, of side
-TEXTURES = ("plain", "striped", "dotted", "checked")
-_PERIOD = {"striped": 0.062, "dotted": 0.075, "checked": 0.095}  # of a texture, of the side
+SIZES = {"small": (0.13, 0.145), "medium": (0.175, 0.195), "big": (0.22, 0.245)}
+TEXTURES = ("plain", "striped", "dotted")
+_PERIOD = {"striped": 0.062, "dotted": 0.075}  # of a texture, of the side
 _DARKENING = 0.68  # how much darker a texture's second tone is
 _CLOUD_KNOTS = 17  # of the finest clouds in the background, along a side
 _NOISE = 8  # largest pixel noise, in grey levels
@@ -52,12 +52,10 @@ LEXICON = grammar.Lexicon(
         "plain": ("plain", "solid"),
         "striped": ("striped",),
         "dotted": ("dotted", "spotted"),
-        "checked": ("checked", "checkered"),
     },
     phrases={
         "striped": ("with stripes",),
         "dotted": ("with dots",),
-        "checked": ("with checks",),
     },
     generic=("one", "thing", "shape", "object"),
 )
@@ -274,9 +272,6 @@ def _fill(shape: Shape, box: Box, size: int, color: np.ndarray) -> np.ndarray:
             dark = _soft(np.sin(x), turn)
         case "dotted":
             dark = _soft(np.cos(x) + np.cos(y) - 0.6, turn)
-        case "checked":
-            across, down = _soft(np.sin(x), turn), _soft(np.sin(y), turn)
-            dark = across + down - 2 * across * down
     return color * (1 - _DARKENING * dark)
 
 

@@ -50,19 +50,27 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_words(scenes.LEXICON.words)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=8192)
 def _scene(split: str, index: int) -> scenes.Scene:
     seed = (_SEED, _SPLITS.index(split), index, 0)
     return scenes.compose(seed, REFS_PER_SCENE, SENTENCES_PER_REF, _KINDS[split])
 
 
-@functools.lru_cache(maxsize=32)
-def _drawn(split: str, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image and owners, read-only since callers share them."""
-    arrays = scenes.draw(_scene(split, index), (_SEED, _SPLITS.index(split), index, 1), size)
-    for array in arrays:
-        array.setflags(write=False)
-    return arrays
+@functools.cache
+def _drawings(size: int):
+    """(split, index) -> image and owners, read-only since callers share them.
+
+    Keeps a quarter of a gigabyte of drawings: an epoch comes by every scene nine times.
+    """
+
+    @functools.lru_cache(maxsize=2**28 // (4 * size * size))
+    def drawn(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        arrays = scenes.draw(_scene(split, index), (_SEED, _SPLITS.index(split), index, 1), size)
+        for array in arrays:
+            array.setflags(write=False)
+        return arrays
+
+    return drawn
 
 
 class ShapesSource:
@@ -124,7 +132,7 @@ class ShapesSource:
         return _scene(self.split, ref.image_id % _SCENES_PER_SPLIT)
 
     def _draw(self, ref: Ref) -> tuple[np.ndarray, np.ndarray]:
-        return _drawn(self.split, ref.image_id % _SCENES_PER_SPLIT, self.size)
+        return _drawings(self.size)(self.split, ref.image_id % _SCENES_PER_SPLIT)
 
     def image(self, ref: Ref) -> np.ndarray:
         return self._draw(ref)[0]
