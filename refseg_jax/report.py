@@ -169,16 +169,14 @@ def _table(results: Mapping[str, Result]) -> str:
 
 def _curves(rows: list[Mapping[str, Any]]) -> str:
     loss = _thin(_series(rows, "loss"))
-    scores = {name: _series(rows, name) for name in ("val/mIoU", "val/oIoU")}
+    names = {name for row in rows for name in row if name.endswith(("/mIoU", "/oIoU"))}
     plots = []
     if len(loss):
         lines = [("raw c0", loss)] if len(loss) < 8 else [("raw c0", loss), ("c0", _smooth(loss))]
         plots.append(_plot("Training loss", "loss", lines, dots=False))
-    if any(map(len, scores.values())):
-        lines = [(f"c{i}", points) for i, points in enumerate(scores.values()) if len(points)]
-        key = "".join(
-            f'<i class="c{i}"></i>{name}' for i, (name, p) in enumerate(scores.items()) if len(p)
-        )
+    if names:
+        lines = [(f"c{i}", _series(rows, name)) for i, name in enumerate(sorted(names))]
+        key = "".join(f'<i class="c{i}"></i>{_text(name)}' for i, name in enumerate(sorted(names)))
         plots.append(_plot(f'Validation <span class="key">{key}</span>', "IoU", lines, dots=True))
     if not plots:
         return '<p class="soft">No curve was recorded.</p>'

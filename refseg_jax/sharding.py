@@ -76,8 +76,18 @@ def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**1
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays split over the mesh."""
+    """This process's rows of a batch -> global arrays split over the mesh.
+
+    Raises:
+      UserError: the devices cannot share the rows evenly.
+    """
     sharding = batch_sharding(mesh)
+    rows = len(next(iter(batch.values()))) * jax.process_count()
+    if rows % mesh.size:
+        raise UserError(
+            f"a batch of {rows} rows cannot be shared evenly by {mesh.size} devices: change "
+            "config.eval.batch_size, config.train.batch_size or config.mesh"
+        )
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
