@@ -70,10 +70,10 @@ def get_config(variant: str = "") -> ConfigDict:
     if embedded:
         config.data.image_size = 80
         config.data.max_tokens = 16
-        config.train.update(steps=3900, eval_every=1300, checkpoint_every=650)
+        config.train.update(steps=3750, eval_every=1250, checkpoint_every=625)
         config.data.shapes_scenes.update(train=6000, val=100, testA=60, testB=60)
         # Unsure between a few objects, a model this small shares its belief among them.
-        config.eval.update(batch_size=30, limit_in_training=300, threshold=0.25)
+        config.eval.update(batch_size=30, limit_in_training=300, threshold=0.2)
     elif "small" in words:
         config.data.image_size = 192
 

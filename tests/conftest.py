@@ -3,14 +3,17 @@
 import os
 import pathlib
 
-# Before JAX starts: eight devices, so that sharding can be tested. Others use the first.
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+# Before JAX starts: eight devices, so that sharding can be tested (other tests use the first), and
+# one cache of compiled programs for all tests and the processes they start.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPO / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest  # noqa: E402
-
-REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
 def _data_root() -> pathlib.Path:

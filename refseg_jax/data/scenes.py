@@ -16,11 +16,9 @@ from refseg_jax.data import grammar
 # Fill colours and their names.
 COLORS = {
     "red": (212, 38, 40),
-    "orange": (243, 132, 28),
     "yellow": (246, 218, 52),
     "green": (46, 160, 66),
     "blue": (42, 92, 214),
-    "purple": (128, 52, 168),
     "pink": (246, 146, 192),
     "white": (240, 240, 240),
 }
@@ -36,10 +34,8 @@ LEXICON = grammar.Lexicon(
     nouns={
         "circle": ("circle", "circle", "disc"),
         "cross": ("cross", "cross", "plus"),
-        "crescent": ("crescent", "moon"),
         "diamond": ("diamond",),
         "heart": ("heart",),
-        "arrow": ("arrow",),
         "ring": ("ring", "ring", "donut"),
         "square": ("square",),
         "star": ("star",),
@@ -203,12 +199,6 @@ def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(y - 0.65, math.sqrt(0.75) * np.abs(x) - 0.5 * (y + 0.98))
 
 
-def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x = np.abs(x)
-    head = np.maximum(y - 0.05, 0.78 * x - 0.626 * (y + 1.02))
-    return np.minimum(head, np.maximum(x - 0.27, np.abs(y - 0.5) - 0.5))
-
-
 SILHOUETTES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: np.hypot(x, y) - 0.94,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.8,
@@ -218,8 +208,6 @@ SILHOUETTES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": _cross,
     "heart": _heart,
     "diamond": _diamond,
-    "arrow": _arrow,
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.98, 0.8 - np.hypot(x - 0.45, y)),
 }
 
 Box = tuple[slice, slice]
