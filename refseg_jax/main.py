@@ -30,11 +30,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         remaining = flags.FLAGS(argv)
         if flags.FLAGS.config is None:
             raise UserError("--config is missing, e.g. --config configs/alignformer.py")
+        flags.FLAGS.config.lock()  # A config that could not be loaded says so at its first use.
         if len(remaining) > 1:
             raise UserError(f"unexpected argument {remaining[1]!r}")
         return remaining
     except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError) as e:
-        fail(str(e))
+        # Where a config file itself raises, the text is a traceback that ends with the reason.
+        text = str(e)
+        fail(text.strip().splitlines()[-1] if "Traceback" in text else text)
 
 
 def main(_: list[str]) -> None:

@@ -1,0 +1,69 @@
+"""One forward pass and one train step at the paper's size (Swin-B, BERT-base, 480 x 480).
+
+python -m benchmarks.paper_size [--config alignformer] [--batch 1]
+
+Prints a JSON line each: seconds to compile, seconds to run (after the first), peak memory of the
+process in GiB so far. Parameters are random; the data is noise.
+"""
+
+import argparse
+import importlib
+import json
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refseg_jax import models
+from refseg_jax.optim import make_optimizer
+from refseg_jax.predict import make_predict_step
+from refseg_jax.train import train_step
+from refseg_jax.train_state import init_state, init_variables
+
+
+def measure(name, function, *arguments):
+    begun = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    compile_seconds = time.perf_counter() - begun
+    jax.block_until_ready(compiled(*arguments))
+    begun = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    row = {
+        "what": name,
+        "compile_s": round(compile_seconds, 1),
+        "run_s": round(time.perf_counter() - begun, 2),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "device": jax.devices()[0].device_kind,
+    }
+    print(json.dumps(row), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="alignformer")
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    config = importlib.import_module(f"configs.{arguments.config}").get_config("refcoco")
+    config.model.bert.vocab_size = 30522
+    size, tokens, rows = config.data.image_size, config.data.max_tokens, arguments.batch
+    model = models.build(config.model)
+    variables = jax.jit(lambda key: init_variables(model, key, size, tokens))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.integers(0, 256, (rows, size, size, 3)), jnp.uint8),
+        "mask": jnp.asarray(rng.random((rows, size, size)) < 0.1),
+        "tokens": jnp.asarray(rng.integers(1, 30000, (rows, tokens)), jnp.int32),
+        "token_mask": jnp.ones((rows, tokens), bool),
+        "valid": jnp.ones(rows, bool),
+    }
+    measure(f"{arguments.config} forward, batch {rows}", make_predict_step(model), variables, batch)
+    tx, _ = make_optimizer(config.optim, variables["params"], 1000)
+    state = init_state(variables, lambda _: tx, jax.random.key(1), use_ema=False)
+    step = jax.jit(lambda state, batch: train_step(state, batch, model=model, tx=tx))
+    measure(f"{arguments.config} train step, batch {rows}", step, state, batch)
+
+
+if __name__ == "__main__":
+    main()
