@@ -99,6 +99,8 @@ def load_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
         if image.ndim == 3 and image.shape[-1] == 1:
             image = image[..., 0]
         try:
+            if not image.size:
+                raise ValueError("it has no pixels")
             image = Image.fromarray(image)
         except (TypeError, ValueError) as e:
             raise UserError(
