@@ -101,9 +101,13 @@ def _restore(manager: ocp.CheckpointManager, abstract: Any, step: int | None = N
 def _differences(saved: Any, abstract: Any) -> list[str]:
     """Paths and shapes in which a stored tree (Orbax metadata) and the wanted one differ."""
 
+    def shape(leaf):
+        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # Keys are stored as their words.
+        return getattr(leaf, "shape", None)
+
     def shapes(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {path_name(path): getattr(leaf, "shape", None) for path, leaf in leaves}
+        return {path_name(p): shape(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
     stored = shapes(getattr(saved, "tree", saved))
     wanted = shapes(abstract)

@@ -43,9 +43,9 @@ def config(variant: str = "", **changes) -> ml_collections.ConfigDict:
     result.mesh.data = 1
     fields = {**FIELDS, **{name.replace("__", "."): value for name, value in changes.items()}}
     for name, value in fields.items():
-        section, _, field = name.rpartition(".")
+        *sections, field = name.split(".")
         node = result
-        for part in section.split("."):
+        for part in sections:
             node = node[part]
         node[field] = value
     return result
