@@ -35,7 +35,11 @@ def take_steps(trainer, steps):
 
 
 def leaves(tree):
-    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+    def array(x):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    return [array(x) for x in jax.tree.leaves(tree)]
 
 
 def test_data_parallel_and_fsdp_agree_with_one_device(tmp_path):
