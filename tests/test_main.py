@@ -15,7 +15,7 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 def main(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "refseg_jax.main", *arguments],
-        cwd=REPO, capture_output=True, text=True, timeout=300,
+        cwd=REPO, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
