@@ -18,10 +18,17 @@ DATASETS = {
 }
 
 
-def parse_variant(variant: str, known: tuple[str, ...]) -> set[str]:
-    """The words of a comma-separated variant, each checked against the datasets and `known`."""
+# (path regex, learning-rate factor, weight-decay factor): the first that is found wins.
+GROUPS = ((r"(scale|bias|bias_table)$", 1.0, 0.0), (r"", 1.0, 1.0))
+
+# Variant words of every model: a laptop-size one, and the recipe with Swin-S.
+SIZES = ("small", "swin_small")
+
+
+def parse_variant(variant: str, known: tuple[str, ...] = ()) -> set[str]:
+    """The words of a comma-separated variant, each a dataset, a size, or one of `known`."""
     words = {word.strip() for word in (variant or "").split(",") if word.strip()}
-    choices = (*DATASETS, *known)
+    choices = (*DATASETS, *SIZES, *known)
     for word in sorted(words):
         if word not in choices:
             close = difflib.get_close_matches(word, choices, 1)
@@ -32,12 +39,30 @@ def parse_variant(variant: str, known: tuple[str, ...]) -> set[str]:
     return words
 
 
-def get_common(words: set[str]) -> ConfigDict:
-    """Defaults of every section but `model`, with the dataset that `words` names (or shapes)."""
+def get_common(name: str, words: set[str]) -> ConfigDict:
+    """Defaults of every section, for the dataset that `words` name (or shapes).
+
+    Of `model` there are its name and the encoders that all models use: Swin-B and BERT-base.
+    """
     (dataset,) = words & set(DATASETS) or {"shapes"}
     embedded = dataset == "shapes"
     config = ConfigDict()
     config.seed = 0
+
+    config.model = ConfigDict(dict(name=name, dtype="float32"))
+    config.model.swin = ConfigDict(
+        dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window=12)
+    )
+    if "swin_small" in words:
+        config.model.swin.update(embed_dim=96, num_heads=(3, 6, 12, 24), window=7)
+    config.model.swin.drop_path = 0.3
+    config.model.swin.positions = False  # Sine positions on the patches.
+    config.model.swin.remat = False
+    config.model.bert = ConfigDict(dict(hidden=768, layers=12, heads=12, intermediate=3072))
+    config.model.bert.vocab_size = 0  # 0: the tokenizer's.
+    config.model.bert.max_positions = 512
+    config.model.bert.dropout = 0.1
+    config.model.bert.remat = False
 
     config.data = ConfigDict(DATASETS[dataset])
     config.data.root = "data"  # Directory with images/ and the dataset's own folder.
@@ -75,8 +100,7 @@ def get_common(words: set[str]) -> ConfigDict:
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.01
     config.optim.clip_norm = 0.0  # 0: off.
-    # (path regex, learning-rate factor, weight-decay factor): the first that is found wins.
-    config.optim.groups = ((r"(scale|bias|bias_table)$", 1.0, 0.0), (r"", 1.0, 1.0))
+    config.optim.groups = GROUPS
 
     config.eval = ConfigDict()
     config.eval.batch_size = 32
@@ -94,3 +118,28 @@ def get_common(words: set[str]) -> ConfigDict:
     # Where parameters start; empty: from scratch. A run's workdir, and Hugging Face safetensors.
     config.init = ConfigDict(dict(checkpoint="", swin="", bert=""))
     return config
+
+
+def is_small(words: set[str]) -> bool:
+    """Whether `words` ask for a model that trains from scratch on a laptop."""
+    return "small" in words or words & set(DATASETS) <= {"shapes"}
+
+
+def make_small(config: ConfigDict) -> None:
+    """Makes a recipe one for a small model from scratch: docs/training.md says why it differs."""
+    embedded = config.data.dataset == "shapes"
+    config.model.swin.update(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+    config.model.swin.update(window=5 if embedded else 6, drop_path=0.0, positions=True)
+    config.model.bert.update(hidden=128, layers=2, heads=4, intermediate=256, dropout=0.0)
+    config.model.bert.max_positions = 64
+    config.data.sampling = "sentence"
+    config.data.image_size = 80 if embedded else 192
+    config.optim.update(lr=1e-3, warmup_steps=100, clip_norm=1.0, b2=0.95)
+    config.optim.groups = GROUPS  # Nothing is pretrained, so nothing stays frozen.
+    config.train.update(batch_size=16, log_every=20)
+    if embedded:
+        config.data.max_tokens = 16
+        config.data.shapes_scenes.update(train=6000, val=100, testA=60, testB=60)
+        config.train.update(steps=3750, eval_every=1250, checkpoint_every=625)
+        # Unsure between a few objects, a model this small shares its belief among them.
+        config.eval.update(batch_size=30, limit_in_training=300, threshold=0.2)

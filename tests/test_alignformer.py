@@ -101,7 +101,7 @@ def test_logits_at_a_quarter_for_any_size_and_padding_words_are_not_read():
 def test_logits_are_products_of_the_embeddings_as_printed():
     """With `prior` off the mask is L_e . V_e: linear in V_e, no bias."""
     config = alignformer.get_config("refcoco").model
-    assert config.prior == 0 and not config.lateral and not config.pixel_positions
+    assert config.prior == 0 and not config.lateral and not config.swin.positions
     model = build(model__prior=0.0)
     image, tokens, token_mask = inputs()
     variables = model.init(jax.random.key(0), image, tokens, token_mask)

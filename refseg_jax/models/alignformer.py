@@ -40,9 +40,6 @@ class AlignFormerConfig:
     fuse_hidden: float = 1.0  # Open: hidden width of fuse(.), in output widths.
     gate_hidden: float = 1.0  # Open: hidden width of gate(.), in output widths.
     lateral: bool = False  # Open: stage 1 joins the 1/4 map, as in Mask2Former.
-    # Open: sine positions added to the patch embedding. Swin has none of its own; a pretrained one
-    # has learned to tell places from padding, a small one from scratch has not.
-    pixel_positions: bool = False
     # Open: a linear layer on L_e, initialised small, and a learned bias of the logits, initialised
     # at the log-odds of this foreground share: training from scratch then starts at the share's
     # entropy and not at large random logits. 0: neither, as printed.
@@ -262,9 +259,6 @@ class AlignFormer(nn.Module):
         cfg = self.config
         language = self.bert(tokens, token_mask, train)
         vision = self.swin.embed(image.astype(self.dtype))
-        if cfg.pixel_positions:
-            positions = sine_positions(*vision.shape[1:])
-            vision += jnp.asarray(positions, vision.dtype).reshape(vision.shape[1:])
         features = []
         stages = len(cfg.swin.depths)
         for i in range(stages):

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from refseg_jax.models.layers.activations import gelu
+from refseg_jax.models.layers.positions import sine_positions
 
 _INIT = nn.initializers.truncated_normal(stddev=0.02)
 # Flax's own variance, E[x²] - E[x]², cancels on the large activations of the late stages.
@@ -37,6 +38,8 @@ class SwinConfig:
             fits into one window. True is what the dense-prediction codes do; False is what image
             classifiers (Microsoft's, `SwinModel`) are trained with. The map is padded to the
             window either way.
+        positions: add sine positions to the patches. Published weights have none; a small encoder
+            from scratch does not learn places from its padding alone.
         remat: recompute each block in the backward pass instead of storing its activations.
     """
 
@@ -48,6 +51,7 @@ class SwinConfig:
     mlp_ratio: float = 4
     drop_path: float = 0.3
     shift_small_maps: bool = True
+    positions: bool = False
     remat: bool = False
 
     @property
@@ -202,16 +206,19 @@ class Swin(nn.Module):
         ]
         self.merges = [PatchMerging(self.dtype) for _ in c.depths[1:]]
 
-    def embed(self, image: jax.Array) -> jax.Array:
+    def embed(self, image: jax.Array, train: bool = False) -> jax.Array:
         """Image [B, H, W, 3] -> normalised patches [B, ceil(H/patch), ceil(W/patch), embed_dim].
 
-        The image is padded with zeros on the right and at the bottom to whole patches.
+        The image is padded with zeros on the right and at the bottom to whole patches. `train`
+        plays no part, here and in `merge`: it does in the encoders with batch norms.
         """
         p = self.config.patch_size
         _, H, W, _ = image.shape
-        return self.patch_norm(
-            self.patch(jnp.pad(image, ((0, 0), (0, -H % p), (0, -W % p), (0, 0))))
-        )
+        x = self.patch(jnp.pad(image, ((0, 0), (0, -H % p), (0, -W % p), (0, 0))))
+        x = self.patch_norm(x)
+        if self.config.positions:
+            x += jnp.asarray(sine_positions(*x.shape[1:]), x.dtype).reshape(x.shape[1:])
+        return x
 
     def stage(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """The blocks of stage `i`, counted from 0; shape [B, h, w, widths[i]] is kept."""
@@ -221,7 +228,7 @@ class Swin(nn.Module):
             x = block(x, c.window // 2 if shifts and j % 2 else 0, train)
         return x
 
-    def merge(self, i: int, x: jax.Array) -> jax.Array:
+    def merge(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """Patch merging after stage `i`; the last stage has none."""
         return self.merges[i](x)
 
