@@ -143,6 +143,12 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
         raise UserError(f"{path} is not valid JSON: {e}") from None
 
 
+def any_saved(workdir: str) -> bool:
+    """Whether the run in `workdir` has a checkpoint of either kind."""
+    steps = (pathlib.Path(workdir) / "checkpoints").glob("*/*")
+    return any(step.name.isdigit() for step in steps)  # Not what a kill left half-written.
+
+
 def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding) -> Any:
     """The best variables of the run in `workdir`, shaped like `variables`, laid out by `sharding`.
 

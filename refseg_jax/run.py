@@ -50,7 +50,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
       UserError: `workdir` holds a run with another config (the fields are listed).
     """
     root = pathlib.Path(workdir)
-    started = (root / checkpoint.CONFIG_FILE).exists()
+    # Without a checkpoint there is nothing that another config could spoil: a first attempt failed.
+    started = (root / checkpoint.CONFIG_FILE).exists() and checkpoint.any_saved(workdir)
     tokenizer_path = root / checkpoint.TOKENIZER_FILE
     source = str(tokenizer_path) if started else config.data.tokenizer
     tokenizer = data.load_tokenizer(source)

@@ -153,6 +153,16 @@ def test_batch_that_devices_cannot_share_is_an_error(tmp_path):
         make_trainer(tmp_path, train__batch_size=12, mesh__data=8)
 
 
+def test_another_config_is_refused_once_something_is_saved(tmp_path):
+    run.prepare(tiny.config(), str(tmp_path))
+    run.prepare(tiny.config(model__dim=32), str(tmp_path))  # The first attempt came to nothing.
+    assert checkpoint.read_config(str(tmp_path)).model.dim == 32
+    (tmp_path / "checkpoints" / "last" / "5").mkdir(parents=True)
+    run.prepare(tiny.config(model__dim=32, train__log_every=7), str(tmp_path))
+    with pytest.raises(UserError, match="model.dim: 32 there, 16 now"):
+        run.prepare(tiny.config(), str(tmp_path))
+
+
 def command(workdir, **changes):
     return [
         sys.executable, "-m", "refseg_jax.main", "--config", "configs/alignformer.py",
