@@ -53,16 +53,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
     # Without a checkpoint there is nothing that another config could spoil: a first attempt failed.
     started = (root / checkpoint.CONFIG_FILE).exists() and checkpoint.any_saved(workdir)
     tokenizer_path = root / checkpoint.TOKENIZER_FILE
-    source = str(tokenizer_path) if started else config.data.tokenizer
-    tokenizer = data.load_tokenizer(source)
-    text_encoder = config.model.bert
-    if text_encoder.vocab_size == 0:
-        text_encoder.vocab_size = tokenizer.vocab_size
-    if tokenizer.vocab_size > text_encoder.vocab_size:
-        raise UserError(
-            f"config.model.bert.vocab_size={text_encoder.vocab_size} is too small for the "
-            f"tokenizer {config.data.tokenizer}, which has {tokenizer.vocab_size} entries"
-        )
+    tokenizer = fit_tokenizer(config, str(tokenizer_path) if started else config.data.tokenizer)
     if started:
         changed = _changed_fields(checkpoint.read_config(workdir), config)
         if changed:
@@ -74,6 +65,24 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
         root.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(tokenizer_path))
         checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
+    return tokenizer
+
+
+def fit_tokenizer(config: ml_collections.ConfigDict, source: str) -> Tokenizer:
+    """The tokeniser that `source` names; fills in what of the config depends on it.
+
+    Raises:
+      UserError: there is none, or it has more entries than the config's vocabulary.
+    """
+    tokenizer = data.load_tokenizer(source)
+    text_encoder = config.model.bert
+    if text_encoder.vocab_size == 0:
+        text_encoder.vocab_size = tokenizer.vocab_size
+    if tokenizer.vocab_size > text_encoder.vocab_size:
+        raise UserError(
+            f"config.model.bert.vocab_size={text_encoder.vocab_size} is too small for the "
+            f"tokenizer {config.data.tokenizer}, which has {tokenizer.vocab_size} entries"
+        )
     return tokenizer
 
 

@@ -130,7 +130,8 @@ class Trainer:
     """All that a run is made of: data, model, optimiser, mesh, state and the compiled step.
 
     Building it restores what there is to restore, in this order: this run's last checkpoint >
-    `config.init.checkpoint` > pretrained encoders (`config.init.swin`, `.bert`) > scratch.
+    `config.init.checkpoint` > pretrained encoders (`config.init.swin`, `.bert`) > scratch. `origin`
+    says what came from where.
     """
 
     def __init__(
@@ -178,11 +179,13 @@ class Trainer:
         if self.state is not None:
             self.origin = f"resumed at step {int(self.state.step)}"
         else:
+            if (checkpoints.best_score() or (1,))[0] == 0:
+                raise UserError(
+                    "this --workdir holds a converted checkpoint and no training to resume: to "
+                    "train on from it, give it as --config.init.checkpoint with another --workdir"
+                )
             loaded, self.origin = load_initial(
-                config,
-                {"params": abstract.params, **abstract.model_state},
-                self.model.config.swin,
-                self.model.config.bert,
+                config, {"params": abstract.params, **abstract.model_state}
             )
             self.state = jax.jit(init, out_shardings=shardings)(init_key, key, loaded)
         self.step_fn = jax.jit(

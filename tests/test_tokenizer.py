@@ -1,6 +1,8 @@
 """Tokenizers: the grammar's words stay whole, the rest is spelled, files and names load."""
 
+import gzip
 import importlib.util
+import json
 import pathlib
 import pickle
 
@@ -87,9 +89,54 @@ def test_save_load_and_pickle(tokenizer, tmp_path):
             np.testing.assert_array_equal(got, want)
 
 
+MERGES = [("r", "e"), ("re", "d</w>"), ("s", "t"), ("a", "r</w>"), ("st", "ar</w>"), ("o", "f</w>")]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A small BPE in CLIP's own file, and as the two files of Hugging Face."""
+    folder = tmp_path_factory.mktemp("clip")
+    # Bytes that print come first, the others are spelled by what follows U+0100.
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    bytes_ = [*map(chr, prints), *(chr(256 + i) for i in range(256 - len(prints)))]
+    pieces = [*bytes_, *(b + "</w>" for b in bytes_), *map("".join, MERGES)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    text = "\n".join(["#version: 0.2", *map(" ".join, MERGES), ""])
+    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / "merges.txt").write_text(text)
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    return folder
+
+
+def test_clip(clip_folder, tmp_path):
+    """CLIP's file, Hugging Face's two, transformers' tokenizer, saved and pickled: all the same."""
+    transformers = pytest.importorskip("transformers")
+    auto = transformers.CLIPTokenizer.from_pretrained(clip_folder)
+    tokenizer = Tokenizer.load(clip_folder / "bpe_simple_vocab_16e6.txt.gz")
+    tokenizer.save(tmp_path)
+    copies = [tokenizer, Tokenizer.load(clip_folder), Tokenizer(auto.backend_tokenizer)]
+    copies += [Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(tokenizer))]
+    text = "Red  STAR's top, of 2"
+    pieces = ["red</w>", "star</w>", "'", "s</w>", "t", "o", "p</w>", ",</w>", "of</w>", "2</w>"]
+    for copy in copies:
+        assert copy.vocab_size == 2 * 256 + len(MERGES) + 2 and copy.pad_id == 0
+        assert copy.tokens(text) == ["<|startoftext|>", *pieces, "<|endoftext|>"]
+        ids, mask, truncated = copy.encode(text, 16)
+        assert ids[mask].tolist() == auto(text)["input_ids"] and not truncated
+        assert mask.sum() == 12 and not ids[~mask].any()
+        ids, mask, truncated = copy.encode(text, 4)
+        # Merges follow the bytes in the order of the file; the end mark has the largest id.
+        assert ids.tolist() == [518, 513, 516, 519] and mask.all() and truncated
+        with pytest.raises(UserError, match="empty expression"):
+            copy.tokens(" ")
+
+
 def test_bad_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"no tokenizer\.json and no vocab\.txt"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not a tokenizer file: .*merges\.txt"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer file"):

@@ -1,6 +1,8 @@
-"""Text to token ids: BERT's WordPiece, from a grammar's words, a file or a model's name."""
+"""Text to token ids, from a grammar's words, a file or a model's name: WordPiece, CLIP's BPE."""
 
 import functools
+import gzip
+import json
 import pathlib
 from collections.abc import Iterable
 
@@ -12,27 +14,33 @@ from refseg_jax.errors import UserError
 
 FILE_NAME = "tokenizer.json"
 _PAD, _UNK, _CLS, _SEP, _MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _PUNCTUATION = ".,;:!?'\"()-/&"
 
 
 class Tokenizer:
-    """A lower-casing WordPiece tokenizer: [CLS] pieces [SEP], padded with [PAD]."""
+    """A lower-casing tokenizer: mark, pieces, mark, padding.
+
+    The marks are BERT's [CLS] and [SEP], padded with [PAD], or CLIP's <|startoftext|> and
+    <|endoftext|>, padded with id 0 as CLIP's code does: CLIP has no token for it.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        """Wraps a `tokenizers.Tokenizer`; raises UserError if it lacks [PAD], [CLS] or [SEP]."""
+        """Wraps a `tokenizers.Tokenizer`; raises UserError if it lacks the marks or [PAD]."""
+        clip = all(backend.token_to_id(name) is not None for name in (_START, _END))
         missing = [name for name in (_PAD, _CLS, _SEP) if backend.token_to_id(name) is None]
-        if missing:
+        if missing and not clip:
             raise UserError(
-                f"tokenizer without {', '.join(missing)}: a BERT-style WordPiece vocabulary is "
-                "needed, for example bert-base-uncased"
+                f"tokenizer without {', '.join(missing)}: a BERT-style WordPiece vocabulary or "
+                "CLIP's is needed, for example bert-base-uncased, openai/clip-vit-base-patch32"
             )
         # Length is ours to handle, so that a cut can be counted and reported.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.pad_id: int = backend.token_to_id(_PAD)
-        self._sep_id: int = backend.token_to_id(_SEP)
+        self.pad_id: int = 0 if clip else backend.token_to_id(_PAD)
+        self._end_id: int = backend.token_to_id(_END if clip else _SEP)
 
     @property
     def vocab_size(self) -> int:
@@ -47,21 +55,21 @@ class Tokenizer:
     def encode(self, text: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Ids int32 [max_tokens], mask bool [max_tokens] (True: real token), and whether cut.
 
-        A text that is too long loses its last pieces and keeps [SEP]. Raises UserError when the
-        text is blank, ValueError when `max_tokens` leaves no room for a piece.
+        A text that is too long loses its last pieces and keeps the end mark. Raises UserError when
+        the text is blank, ValueError when `max_tokens` leaves no room for a piece.
         """
         if max_tokens < 3:
-            raise ValueError(f"max_tokens is {max_tokens}: [CLS], one piece and [SEP] need 3")
+            raise ValueError(f"max_tokens is {max_tokens}: two marks and one piece need 3")
         found = self._encode(text).ids
         truncated = len(found) > max_tokens
         if truncated:
-            found = [*found[: max_tokens - 1], self._sep_id]
+            found = [*found[: max_tokens - 1], self._end_id]
         ids = np.full(max_tokens, self.pad_id, np.int32)
         ids[: len(found)] = found
         return ids, np.arange(max_tokens) < len(found), truncated
 
     def tokens(self, text: str) -> list[str]:
-        """The pieces as strings, with [CLS] and [SEP], not truncated; UserError when blank."""
+        """The pieces as strings, with the marks, not truncated; UserError when blank."""
         return self._encode(text).tokens
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -74,21 +82,21 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str | pathlib.Path) -> "Tokenizer":
-        """Loads a tokenizer.json, a folder with one or with vocab.txt, a vocab.txt, or a HF name.
+        """Loads a tokenizer.json, BERT's vocab.txt, CLIP's vocab.json, or what a HF name gives.
 
-        Raises UserError when the file is not a tokenizer or the name is not known.
+        Beside vocab.json lies merges.txt. A folder may stand for the file in it; CLIP's own
+        bpe_simple_vocab_16e6.txt.gz is read too. Raises UserError when the file is not a tokenizer
+        or the name is not known.
         """
         path = pathlib.Path(name)
         if path.is_dir():
-            files = [path / FILE_NAME, path / "vocab.txt"]
+            files = [path / file for file in (FILE_NAME, "vocab.txt", "vocab.json")]
             path = next((file for file in files if file.is_file()), None)
             if path is None:
-                raise UserError(f"no {FILE_NAME} and no vocab.txt in {name}")
+                raise UserError(f"no {FILE_NAME} and no vocab.txt or vocab.json in {name}")
         try:
-            if path.name == "vocab.txt" and path.is_file():
-                return cls(_bert(path.read_text(encoding="utf-8").splitlines()))
             if path.is_file():
-                return cls(tokenizers.Tokenizer.from_file(str(path)))
+                return cls(_from_file(path))
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -125,6 +133,36 @@ def _bert(vocabulary: list[str]) -> tokenizers.Tokenizer:
     if _CLS in ids and _SEP in ids:
         backend.post_processor = processors.BertProcessing((_SEP, ids[_SEP]), (_CLS, ids[_CLS]))
     return backend
+
+
+def _from_file(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a file, by its name; whatever is raised, it is none."""
+    if path.name == "vocab.txt":
+        return _bert(path.read_text(encoding="utf-8").splitlines())
+    if path.name == "vocab.json":
+        merges = _pairs(path.with_name("merges.txt").read_text(encoding="utf-8"))
+        return _clip(json.loads(path.read_text(encoding="utf-8")), merges)
+    if path.name.endswith(".txt.gz"):
+        merges = _pairs(gzip.decompress(path.read_bytes()).decode("utf-8"))
+        # CLIP has 49408 entries: 256 bytes, with and without an end, its merges, two marks.
+        merges = merges[: 49408 - 2 * 256 - 2]
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        ends = [f"{character}</w>" for character in alphabet]
+        pieces = [*alphabet, *ends, *map("".join, merges), _START, _END]
+        return _clip({piece: i for i, piece in enumerate(pieces)}, merges)
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _pairs(text: str) -> list[tuple[str, ...]]:
+    """The merges of a file: a line of version, then two pieces a line, the most frequent first."""
+    return [tuple(line.split()) for line in text.split("\n")[1:] if line]
+
+
+def _clip(ids: dict[str, int], merges: list[tuple[str, ...]]) -> tokenizers.Tokenizer:
+    """CLIP's lower-casing BPE over a vocabulary."""
+    import transformers  # slow to import
+
+    return transformers.CLIPTokenizer(vocab=ids, merges=merges).backend_tokenizer
 
 
 @functools.cache

@@ -1,40 +1,88 @@
 """Where a new run's parameters start, other than from scratch."""
 
+import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from refseg_jax import checkpoint
-from refseg_jax.models.encoders.bert import BertConfig
-from refseg_jax.models.encoders.swin import SwinConfig
-from refseg_jax.weights import hf
+from refseg_jax.errors import UserError
+from refseg_jax.weights import hf, microsoft, released
+from refseg_jax.weights.files import read_checkpoint
+from refseg_jax.weights.tables import Conversion, Table, brief, closest, convert_variables
+
+# Field of `config.init`, and the name of that part in every model -> how it is published.
+ENCODERS: Mapping[str, tuple[Table, ...]] = {
+    "swin": (hf.SWIN, microsoft.SWIN),
+    "bert": (hf.BERT,),
+}
 
 
-def load_initial(
-    config: ml_collections.ConfigDict, variables: Any, swin: SwinConfig, bert: BertConfig
-) -> tuple[dict[str, Any], str]:
+def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dict[str, Any], str]:
     """Parts of `variables` (a tree of shapes) to start from, and a line that says whence.
 
-    Order: `config.init.checkpoint` (a run's workdir: everything) > pretrained encoders
-    (`config.init.swin`, `.bert`: Hugging Face safetensors, a file or its directory) > scratch.
+    Order: `config.init.checkpoint` (everything: a run's workdir, or a released checkpoint of the
+    model) > pretrained encoders (`config.init.swin`, `.bert`) > scratch. What is no run is given as
+    `read_checkpoint` takes it: a file, a directory or a Hugging Face name.
 
     Raises:
       UserError: a file is missing, damaged, or does not fit.
     """
-    if config.init.checkpoint:
+    source = config.init.checkpoint
+    if source and (pathlib.Path(source) / checkpoint.CONFIG_FILE).exists():
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        loaded = checkpoint.load_variables(config.init.checkpoint, variables, here)
-        return jax.tree.map(np.asarray, loaded), f"all parameters from {config.init.checkpoint}"
-    params, origins = {}, []
-    for name, path, convert, encoder in (
-        ("swin", config.init.swin, hf.swin_from_hf, swin),
-        ("bert", config.init.bert, hf.bert_from_hf, bert),
-    ):
-        if path:
-            params[name] = convert(hf.load_state(path), encoder)
-            origins.append(f"{name} from {path}")
-    return {"params": params}, ", ".join(
-        [*origins, "the rest from scratch"] if origins else ["from scratch"]
-    )
+        loaded = checkpoint.load_variables(source, variables, here)
+        return jax.tree.map(np.asarray, loaded), f"all parameters from {source}"
+    if source:
+        if config.model.name not in released.TABLES:
+            raise UserError(
+                f"config.init.checkpoint={source} is not the directory of a run, and there are no "
+                f"released checkpoints of {config.model.name} that could be read"
+            )
+        table = released.TABLES[config.model.name]
+        loaded = _load("config.init.checkpoint", source, variables, (table,))
+        return loaded.tree, f"all parameters from {source} ({origin(loaded)})"
+
+    filled, origins = {}, []
+    for name, tables in ENCODERS.items():
+        source = config.init[name]
+        if not source:
+            continue
+        part = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+        if not part:
+            raise UserError(
+                f"config.init.{name}={source}, but {config.model.name} as configured has no {name}"
+                f" (it has {brief(_modules(flatten_dict(variables)))}): leave it empty"
+            )
+        loaded = _load(f"config.init.{name}", source, part, tables)
+        arrays = {(kind, name, *path): x for (kind, *path), x in flatten_dict(loaded.tree).items()}
+        origins.append(f"{name} ({len(arrays)} arrays) from {source} ({origin(loaded)})")
+        filled |= arrays
+    if not origins:
+        return {}, "from scratch"
+    if rest := flatten_dict(variables).keys() - filled.keys():
+        origins.append(f"the rest ({len(rest)} arrays: {brief(_modules(rest))}) from scratch")
+    return unflatten_dict(filled), ", ".join(origins)
+
+
+def origin(loaded: Conversion) -> str:
+    """What was read and what became of it: "Microsoft Swin; 24 position tables resized ..."."""
+    return "; ".join([loaded.source, *loaded.notes])
+
+
+def _load(field: str, source: str, variables: Any, tables: tuple[Table, ...]) -> Conversion:
+    try:
+        arrays = read_checkpoint(source).arrays
+        return convert_variables(arrays, variables, closest(arrays, variables, tables))
+    except UserError as error:
+        raise UserError(f"{field}={source}: {error}") from error
+
+
+def _modules(places: Any) -> list[str]:
+    """The parts of the model that hold these leaves, each of a numbered row once."""
+    return sorted({re.sub(r"_\d+$", "", path[1]) for path in places})

@@ -7,37 +7,16 @@ the same decoder; their tables share those entries.
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
+from refseg_jax.errors import UserError
 from refseg_jax.models.crossvlt import CrossVLT, CrossVLTConfig
 from refseg_jax.models.lavt import LAVT, LAVTConfig
-from refseg_jax.weights.hf import BERT, Table, convert
-
-Modules = Mapping[str, str | tuple[str, ...]]
-
-
-def _inside(ours: str, theirs: str, modules: Modules) -> dict[str, str | tuple[str, ...]]:
-    """A table of modules that lie deeper: both sides with a prefix."""
-
-    def deeper(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return theirs + name if isinstance(name, str) else tuple(theirs + part for part in name)
-
-    return {ours + pattern: deeper(name) for pattern, name in modules.items()}
-
-
-SWIN: Modules = {
-    r"patch": "patch_embed.proj",
-    r"patch_norm": "patch_embed.norm",
-    r"blocks_(\d+)_(\d+)/norm(\d)": r"layers.\1.blocks.\2.norm\3",
-    r"blocks_(\d+)_(\d+)/attention": r"layers.\1.blocks.\2.attn",
-    r"blocks_(\d+)_(\d+)/attention/(qkv|proj)": r"layers.\1.blocks.\2.attn.\3",
-    r"blocks_(\d+)_(\d+)/fc(\d)": r"layers.\1.blocks.\2.mlp.fc\3",
-    r"merges_(\d+)/(norm|reduction)": r"layers.\1.downsample.\2",
-}
+from refseg_jax.weights import microsoft
+from refseg_jax.weights.hf import BERT
+from refseg_jax.weights.tables import Modules, Table, convert_variables, inside, shapes
 
 DECODER: Modules = {
     # Theirs count stages from 0 in the backbone's norms and from 1 in the decoder.
@@ -55,13 +34,11 @@ DROPPED = (
 
 LAVT_TABLE = Table(
     source="released LAVT",
-    renames=(
-        (r"^module\.", ""),
-        (r"^bert_model\.", "text_encoder."),  # `lavt` keeps its BERT apart, `lavt_one` inside.
-    ),
+    # `lavt` keeps its BERT apart, `lavt_one` inside.
+    renames=((r"^bert_model\.(module\.|bert_model\.|bert\.)*", "text_encoder."),),
     modules={
-        **_inside("swin/", "backbone.", SWIN),
-        **_inside("bert/", "text_encoder.", BERT.modules),
+        **inside("swin/", "backbone.", microsoft.MODULES),
+        **inside("bert/", "text_encoder.", BERT.modules),
         r"fusions_(\d)/vision": r"backbone.layers.\1.fusion.vis_project.0",
         r"fusions_(\d)/mix": r"backbone.layers.\1.fusion.project_mm.0",
         r"fusions_(\d)/attention/(query|key|value)": (
@@ -72,7 +49,7 @@ LAVT_TABLE = Table(
         r"gates_(\d)/fc2": r"backbone.layers.\1.res_gate.2",
         **DECODER,
     },
-    dropped=(*DROPPED, r"^text_encoder\.pooler\."),
+    dropped=(*DROPPED, r"^text_encoder\.(pooler|cls)\."),
 )
 
 
@@ -102,7 +79,6 @@ LANGUAGE_STAGE: Modules = {
 CROSSVLT_TABLE = Table(
     source="released CrossVLT",
     renames=(
-        (r"^module\.", ""),
         # Theirs is cut into stages at the top; here spelled as one Swin and as BERTs.
         (r"^backbone\.\d\.(patch_embed|norm\d)\.", r"backbone.\1."),
         (r"^backbone\.(\d)\.layers\.", r"backbone.layers.\1."),
@@ -110,12 +86,12 @@ CROSSVLT_TABLE = Table(
         (r"^lang_stage1\.encoder\.proj\.", "lang_stage1.proj."),
     ),
     modules={
-        **_inside("swin/", "backbone.", SWIN),
-        **_inside("bert/", "lang_stage1.", BERT.modules),
+        **inside("swin/", "backbone.", microsoft.MODULES),
+        **inside("bert/", "lang_stage1.", BERT.modules),
         **{
             ours: theirs
             for i in range(3)
-            for ours, theirs in _inside(
+            for ours, theirs in inside(
                 f"language_stages_{i}/", f"lang_stage{i + 2}.", LANGUAGE_STAGE
             ).items()
         },
@@ -127,16 +103,21 @@ CROSSVLT_TABLE = Table(
     },
     dropped=DROPPED,
     parameters={"temperature": "temp"},
+    # Files made for testing lack it: only the loss reads it. As released it is never trained.
+    defaults={"temperature": 1.0},
 )
+
+# Name of a model, as in `config.model.name` -> its table.
+TABLES = {"crossvlt": CROSSVLT_TABLE, "lavt": LAVT_TABLE}
 
 
 def lavt_from_released(state: Mapping[str, np.ndarray], config: LAVTConfig) -> dict[str, Any]:
     """Variables of `LAVT(config)` (params, batch_stats) from a checkpoint's arrays by name.
 
     `state` is that of `lavt_one`, or of `lavt` with the keys of its BERT behind "bert_model.".
-    Raises UserError as `convert` does.
+    Raises UserError as `convert_variables` does.
     """
-    return _variables(state, LAVT(config), LAVT_TABLE)
+    return convert_variables(state, shapes(LAVT(config), *_INPUTS), LAVT_TABLE).tree
 
 
 def crossvlt_from_released(
@@ -144,25 +125,29 @@ def crossvlt_from_released(
 ) -> dict[str, Any]:
     """Variables of `CrossVLT(config)` (params, batch_stats) from a checkpoint's arrays by name.
 
-    Raises UserError as `convert` does.
+    Raises UserError as `convert_variables` does.
     """
-    return _variables(state, CrossVLT(config), CROSSVLT_TABLE)
+    return convert_variables(state, shapes(CrossVLT(config), *_INPUTS), CROSSVLT_TABLE).tree
 
 
-def _variables(state: Mapping[str, np.ndarray], model: nn.Module, table: Table) -> dict[str, Any]:
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    variables = jax.eval_shape(
-        model.init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
-        tokens,
-        jax.ShapeDtypeStruct(tokens.shape, jnp.bool_),
-    )
-    # Statistics lie beside the scale and bias of the same module: one tree, and apart again.
-    flat = {name: traverse_util.flatten_dict(tree) for name, tree in variables.items()}
-    merged = {path: leaf for tree in flat.values() for path, leaf in tree.items()}
-    filled = traverse_util.flatten_dict(convert(state, traverse_util.unflatten_dict(merged), table))
-    return {
-        name: traverse_util.unflatten_dict({path: filled[path] for path in tree})
-        for name, tree in flat.items()
-    }
+def with_text(
+    name: str, arrays: Mapping[str, np.ndarray], text: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The arrays of model `name` and of its text encoder, from a file of its own, as one state.
+
+    Raises:
+        UserError: this model's checkpoints hold their text encoder themselves, or this one does.
+    """
+    if name != "lavt":
+        raise UserError(f"a checkpoint of {name} holds its text encoder: leave the second one out")
+    if any(LAVT_TABLE.spelling(key).startswith("text_encoder.") for key in arrays):
+        raise UserError("the first checkpoint holds a text encoder: leave the second one out")
+    return {**arrays, **{f"bert_model.{key}": array for key, array in text.items()}}
+
+
+# image, tokens, token_mask: of any size, only the parameters' shapes are wanted.
+_INPUTS = (
+    jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
+    jax.ShapeDtypeStruct((1, 2), jnp.int32),
+    jax.ShapeDtypeStruct((1, 2), jnp.bool_),
+)

@@ -11,6 +11,7 @@ def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights, in place: matrices of fan-in scale, nothing at 0 or 1, strong position bias.
 
     Freshly initialised models have zero biases and unit norms, which hide a swapped or dropped one.
+    Running statistics of batch norms are redrawn too.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -26,6 +27,11 @@ def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
                 parameter.copy_(1 + 0.2 * noise)
             else:
                 parameter.copy_(0.1 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
     return model.eval()
 
 

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from refseg_jax.models.encoders.bert import Bert, BertConfig
-from refseg_jax.weights.hf import bert_from_hf, load_state
+from refseg_jax.weights.files import read_checkpoint
+from refseg_jax.weights.hf import bert_from_hf
 from tests.parity.hf_models import arrays, random_params, redraw, relative_error
 
 TINY = BertConfig(
@@ -82,7 +83,8 @@ def test_trained_weights():
         ["the second zebra from the left", "man in red"], padding="max_length", max_length=20
     )
     tokens, token_mask = np.array(text.input_ids, np.int32), np.array(text.attention_mask, bool)
-    _compare(model, bert_from_hf(load_state(folder), config), config, tokens, token_mask)
+    params = bert_from_hf(read_checkpoint(folder).arrays, config)
+    _compare(model, params, config, tokens, token_mask)
 
 
 def test_remat_changes_memory_only():

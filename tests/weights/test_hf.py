@@ -1,13 +1,13 @@
-"""Reading checkpoints: what is refused, and what the message says."""
+"""Filling BERT from a checkpoint: what is left out, what is refused, and what the message says."""
 
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from refseg_jax.errors import UserError
 from refseg_jax.models.encoders.bert import Bert, BertConfig
-from refseg_jax.weights.hf import bert_from_hf, load_state
+from refseg_jax.weights.hf import BERT, bert_from_hf
+from refseg_jax.weights.tables import convert_variables
 
 TINY = BertConfig(vocab_size=9, hidden=8, layers=1, heads=2, intermediate=12, max_positions=6)
 
@@ -45,9 +45,8 @@ def state() -> dict[str, np.ndarray]:
     return state | {"cls.predictions.bias": np.zeros(TINY.vocab_size, np.float16)}
 
 
-def test_published_spelling(state, tmp_path):
-    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
-    params = bert_from_hf(load_state(tmp_path), TINY)
+def test_published_spelling(state):
+    params = bert_from_hf(state, TINY)
     tokens = np.zeros((1, 3), np.int32)
     fresh = jax.eval_shape(Bert(TINY).init, jax.random.key(0), tokens, tokens == 0)["params"]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
@@ -57,19 +56,34 @@ def test_published_spelling(state, tmp_path):
     np.testing.assert_array_equal(params["blocks_0"]["qkv"]["kernel"][:, : TINY.hidden], query.T)
 
 
+def test_first_layers_of_a_deeper_model(state):
+    deeper = dict(state)
+    for key in state:
+        if ".layer.0." in key:
+            deeper |= {key.replace(".0.", f".{i}."): state[key] + i for i in (1, 2)}
+    jax.tree.map(
+        np.testing.assert_array_equal, bert_from_hf(deeper, TINY), bert_from_hf(state, TINY)
+    )
+    loaded = convert_variables(deeper, {"params": bert_from_hf(state, TINY)}, BERT)
+    assert loaded.notes == ["layers 0-0 of 3"]
+    assert sorted(loaded.dropped) == ["cls.predictions.bias", "pooler.dense.weight"]
+
+
 def test_all_problems_in_one_error(state):
     del state["bert.embeddings.LayerNorm.gamma"]
-    state["bert.encoder.layer.1.output.dense.bias"] = np.zeros(8)
+    state["bert.encoder.norm.bias"] = np.zeros(8)
     state["bert.encoder.layer.0.output.dense.weight"] = np.zeros((8, 13))
     state["bert.encoder.layer.0.intermediate.dense.weight"] = np.zeros(8)
     state["encoder.layer.0.output.dense.bias"] = np.zeros(8)
+    state["bert.embeddings.LayerNorm.beta"] = np.full(8, np.nan)
     with pytest.raises(UserError) as error:
         bert_from_hf(state, TINY)
     message = str(error.value)
     assert "1 missing: embeddings.LayerNorm.weight" in message
-    assert "1 unexpected: bert.encoder.layer.1.output.dense.bias" in message
+    assert "1 unexpected: bert.encoder.norm.bias" in message
     assert "1 there twice: encoder.layer.0.output.dense.bias and bert." in message
     assert "2 of another shape: " in message
+    assert "1 not finite: embeddings.LayerNorm.bias" in message
     assert "encoder.layer.0.output.dense.weight (8, 13) for our blocks_0/fc2/kernel" in message
     assert "\n" not in message
 
@@ -79,17 +93,3 @@ def test_another_kind_of_checkpoint_is_a_short_message():
     with pytest.raises(UserError, match="492 more") as error:
         bert_from_hf(state, TINY)
     assert len(str(error.value)) < 2000
-
-
-def test_unreadable_files(state, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint at .*model.safetensors"):
-        load_state(tmp_path)
-    whole = tmp_path / "whole.safetensors"
-    safetensors.numpy.save_file(state, whole)
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(whole.read_bytes()[:-100])
-    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    (tmp_path / "empty.safetensors").touch()
-    for name in ("cut", "pointer", "empty"):
-        with pytest.raises(UserError, match=f"{name}.safetensors is not a whole safetensors file"):
-            load_state(tmp_path / f"{name}.safetensors")

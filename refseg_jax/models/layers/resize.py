@@ -1,6 +1,7 @@
-"""Bilinear resizing as two small matrix products, which every accelerator does well."""
+"""Resizing as two small matrix products, which every accelerator does well."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,87 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = F
     Equals PyTorch's bilinear `interpolate` without antialiasing: pixel centres lie at i + 0.5, or,
     with `align_corners`, the centres of the corner pixels stay where they are.
     """
+    return _resize(x, size, functools.partial(_linear, align_corners=align_corners))
+
+
+def resize_bicubic(x: jax.Array, size: tuple[int, int], align_corners: bool = False) -> jax.Array:
+    """As `resize_bilinear`, but equals PyTorch's bicubic `interpolate`; results may overshoot."""
+    return _resize(x, size, functools.partial(_cubic, align_corners=align_corners))
+
+
+def resized_conv(
+    x: jax.Array, kernel: jax.Array, size: tuple[int, int], align_corners: bool = False
+) -> jax.Array:
+    """3x3 convolution, zeros around the map, of `resize_bilinear(x, size, align_corners)`.
+
+    Resizing is linear over pixels and the product with one cell of the kernel linear over
+    channels, so either may come first. Here the products do, over x's fewer pixels; resizing them
+    and shifting each to its place is then one matrix product per axis.
+
+    Args:
+        x: [B,h,w,C].
+        kernel: [3,3,C,D], of the dtype of `x`.
+        size: (H, W), as large as x or larger.
+
+    Returns:
+        [B,H,W,D] in the dtype of `x`.
+    """
+    B, h, w, C = x.shape
+    D = kernel.shape[-1]
+
+    def shifted(source: int, target: int) -> np.ndarray:
+        """[target, source, 3]: row t of [:, :, i] is the interpolation of cell t + i - 1."""
+        matrix = np.pad(_linear(source, target, align_corners), ((1, 1), (0, 0)))
+        return np.stack([matrix[i : i + target] for i in range(3)], -1).astype(x.dtype)
+
+    products = x @ kernel.transpose(2, 1, 0, 3).reshape(C, 9 * D)
+    # As a batch of products no operand needs transposing, and the matrix is small.
+    columns = jnp.broadcast_to(shifted(w, size[1]).reshape(size[1], 3 * w), (B, h, size[1], 3 * w))
+    highest = jax.lax.Precision.HIGHEST
+    y = jnp.matmul(columns, products.reshape(B, h, 3 * w, 3 * D), precision=highest)
+    y = y.reshape(B, h, size[1], 3, D)
+    return jnp.einsum("Hhi,bhWid->bHWd", shifted(h, size[0]), y, precision=highest)
+
+
+def _resize(
+    x: jax.Array, size: tuple[int, int], interpolation: Callable[[int, int], np.ndarray]
+) -> jax.Array:
     _, h, w = x.shape[:3]
 
     def mix(spec: str, matrix: np.ndarray, x: jax.Array) -> jax.Array:
         # Interpolated values are part of the answer, so no reduced-precision passes.
         return jnp.einsum(spec, matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
-    x = mix("Hh,bhw...->bHw...", _interpolation(h, size[0], align_corners), x)
-    return mix("Ww,bHw...->bHW...", _interpolation(w, size[1], align_corners), x)
+    x = mix("Hh,bhw...->bHw...", interpolation(h, size[0]), x)
+    return mix("Ww,bHw...->bHW...", interpolation(w, size[1]), x)
+
+
+def _positions(source: int, target: int, align_corners: bool) -> np.ndarray:
+    """Where the centres of `target` cells lie on an axis of `source` cells, 0 at its first."""
+    if align_corners:
+        return np.linspace(0, source - 1, target)
+    return (np.arange(target) + 0.5) * source / target - 0.5
 
 
 @functools.cache
-def _interpolation(source: int, target: int, align_corners: bool) -> np.ndarray:
+def _linear(source: int, target: int, align_corners: bool) -> np.ndarray:
     """The matrix [target, source] that interpolates one axis linearly; rows sum to 1."""
-    if align_corners:
-        position = np.linspace(0, source - 1, target)
-    else:
-        position = (np.arange(target) + 0.5) * source / target - 0.5
-    distance = np.abs(np.clip(position, 0, source - 1)[:, None] - np.arange(source))
+    position = np.clip(_positions(source, target, align_corners), 0, source - 1)
+    distance = np.abs(position[:, None] - np.arange(source))
     return np.maximum(0, 1 - distance).astype(np.float32)
+
+
+@functools.cache
+def _cubic(source: int, target: int, align_corners: bool) -> np.ndarray:
+    """The same with Keys' cubic kernel, a = -0.75; beyond the ends the outermost cells repeat."""
+    position = _positions(source, target, align_corners)[:, None]
+    cell = np.floor(position).astype(int) + np.arange(-1, 3)
+    distance = np.abs(position - cell)
+    weight = np.where(
+        distance <= 1,
+        (1.25 * distance - 2.25) * distance**2 + 1,
+        ((-0.75 * distance + 3.75) * distance - 6) * distance + 3,
+    )
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target)[:, None], np.clip(cell, 0, source - 1)), weight)
+    return matrix.astype(np.float32)
