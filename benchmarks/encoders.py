@@ -3,59 +3,22 @@
     python -m benchmarks.encoders [--image_size 480] [--repeats 5]
 
 Swin-B on one image and BERT-base on 8 expressions of 20 tokens, with the same random weights in
-float32. The two libraries take turns, so a busy machine slows both. One JSON line per encoder:
-median seconds of each, `speedup` = PyTorch's time over ours, and the outputs' relative difference.
+float32. One JSON line per encoder: median seconds of each, `speedup` = PyTorch's time over ours,
+and the outputs' relative difference.
 """
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 import torch
 import transformers
 
+from benchmarks.compare import compare
 from refseg_jax.models.encoders.bert import Bert, BertConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.weights.hf import bert_from_hf, swin_from_hf
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _compare(
-    name: str, ours: Callable[[], jax.Array], theirs: Callable[[], torch.Tensor], repeats: int
-) -> None:
-    # The first calls compile and warm up, and show that both compute the same thing.
-    a, b = np.asarray(ours()), theirs().numpy()
-    pairs = [
-        (_seconds(lambda: ours().block_until_ready()), _seconds(theirs)) for _ in range(repeats)
-    ]
-    jax_s, torch_s = (statistics.median(times) for times in zip(*pairs, strict=True))
-    print(
-        json.dumps(
-            {
-                "benchmark": name,
-                "device": jax.devices()[0].device_kind,
-                "torch_threads": torch.get_num_threads(),
-                "jax_s": round(jax_s, 4),
-                "torch_s": round(torch_s, 4),
-                "speedup": round(torch_s / jax_s, 3),
-                "relative_difference": float(np.abs(a - b).max() / np.abs(b).max()),
-            }
-        ),
-        flush=True,
-    )
-
-
-def _state(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+from tests.parity.hf_models import arrays
 
 
 def swin(size: int, repeats: int) -> None:
@@ -72,11 +35,11 @@ def swin(size: int, repeats: int) -> None:
         add_pooling_layer=False,
     ).eval()
     model.layernorm = torch.nn.Identity()  # ours leaves the last norm to the user
-    params = jax.device_put(swin_from_hf(_state(model), config))
+    params = jax.device_put(swin_from_hf(arrays(model.state_dict()), config))
     image = np.random.default_rng(0).normal(size=(1, size, size, 3)).astype(np.float32)
     pixels = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous()
     forward = jax.jit(lambda params, image: Swin(config).apply({"params": params}, image)[-1])
-    _compare(
+    compare(
         f"swin_b_{size}",
         lambda: forward(params, image).reshape(1, -1, config.widths[-1]),
         lambda: model(pixels, always_partition=True).last_hidden_state,
@@ -90,14 +53,14 @@ def bert(repeats: int) -> None:
     model = transformers.BertModel(
         transformers.BertConfig(attn_implementation="eager"), add_pooling_layer=False
     ).eval()
-    params = jax.device_put(bert_from_hf(_state(model), config))
+    params = jax.device_put(bert_from_hf(arrays(model.state_dict()), config))
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(8, 20)).astype(np.int32)
     token_mask = np.broadcast_to(np.arange(20) < 15, tokens.shape)
     ids, mask = torch.from_numpy(tokens).long(), torch.from_numpy(token_mask.copy())
     forward = jax.jit(
         lambda params, tokens, mask: Bert(config).apply({"params": params}, tokens, mask)
     )
-    _compare(
+    compare(
         "bert_base_8x20",
         lambda: forward(params, tokens, token_mask),
         lambda: model(ids, mask).last_hidden_state,

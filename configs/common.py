@@ -94,7 +94,8 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.optim.power = 0.9
     config.optim.end_lr = 0.0
     config.optim.warmup_steps = 0
-    config.optim.decay_steps = 0  # 0: until the last step.
+    config.optim.decay_steps = 0  # 0: this share of all steps.
+    config.optim.decay_share = 1.0
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
@@ -115,7 +116,8 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     # busier than one program with two threads does.
     config.mesh.cpu_devices = 2
 
-    # Where parameters start; empty: from scratch. A run's workdir, and Hugging Face safetensors.
+    # Where parameters start; empty: from scratch. A run or a released model; encoders, by a file or
+    # a Hugging Face name.
     config.init = ConfigDict(dict(checkpoint="", swin="", bert=""))
     return config
 

@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.align_at = "input"  # Resolution of the alignment loss, or the "stage"'s own.
     config.model.align_dim = 256
     config.model.head_dim = 64
+    config.model.shut_gates = True  # At first, almost.
     config.model.class_weights = (0.9, 1.1)  # Background, foreground.
     config.model.task_weight = 2.0
     config.model.align_weight = 1.0
@@ -61,6 +62,9 @@ def get_config(variant: str = "") -> ConfigDict:
     if common.is_small(words):
         common.make_small(config)
         config.model.update(language_depths=(1, 1, 1), align_dim=64, head_dim=24)
+        config.model.shut_gates = False
+        if config.data.dataset == "shapes":  # A step takes longer than the other models'.
+            config.train.update(steps=3000, eval_every=1000, checkpoint_every=500)
     if "uni" in words:
         config.model.direction = "uni"
     if "aux" in words:

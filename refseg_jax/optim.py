@@ -23,15 +23,15 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callab
     """Step -> learning rate.
 
     `config`: lr, schedule ("poly": lr * (1 - t)^power down to end_lr, "cosine", "constant"),
-    power, end_lr, warmup_steps (linear from 0), decay_steps (0: until the last step; after them
-    the rate stays at end_lr).
+    power, end_lr, warmup_steps (linear from 0), decay_steps (0: the share `decay_share` of all
+    steps; after them the rate stays at end_lr).
     """
     warmup = config.warmup_steps
-    decay = (config.decay_steps or total_steps) - warmup
+    decay = (config.decay_steps or round(config.decay_share * total_steps)) - warmup
     if decay <= 0:
         raise UserError(
             f"config.optim.warmup_steps={warmup} leaves no steps to decay over: "
-            f"the run has {total_steps} steps"
+            f"the run has {total_steps} steps, and the decay ends at {decay + warmup}"
         )
     if config.schedule == "poly":
         main = optax.polynomial_schedule(config.lr, config.end_lr, config.power, decay)

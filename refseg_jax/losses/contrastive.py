@@ -1,11 +1,17 @@
 """AlignFormer's cross-modal instance contrastive loss (section 3.3), per sample and in float32.
 
 The pixel-text contrast beside it (eq. 8-9) is the binary cross-entropy of L_e . V_e:
-`segmentation.sigmoid_bce`.
+`segmentation.sigmoid_bce`. CoupAlign's contrast of pixels with pixels is in pixel_contrast.py.
 """
 
 import jax
 import jax.numpy as jnp
+
+
+def unit_length(x: jax.Array) -> jax.Array:
+    """Every vector [..., C] to length 1, in float32, for cosines; a zero vector stays one."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
 def cmic_loss(

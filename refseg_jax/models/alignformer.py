@@ -24,6 +24,7 @@ from refseg_jax.models.layers.deformable import DeformableEncoder
 from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear
+from refseg_jax.models.layers.sentence import SENTENCES, sentence_vector
 from refseg_jax.models.layers.transformer import DecoderLayer
 
 FUSIONS = ("vlba", "vlua", "none")
@@ -61,8 +62,10 @@ class AlignFormerConfig:
             raise UserError(
                 f"config.model.fusion={self.fusion!r} is not one of {', '.join(FUSIONS)}"
             )
-        if self.query not in ("cls", "mean"):
-            raise UserError(f"config.model.query={self.query!r} is not one of cls, mean")
+        if self.query not in SENTENCES:
+            raise UserError(
+                f"config.model.query={self.query!r} is not one of {', '.join(SENTENCES)}"
+            )
         if self.cmic_weight and not self.grouping:
             raise UserError(
                 "config.model.grouping=False has no centre embedding to contrast with: "
@@ -196,11 +199,7 @@ class CentreDecoder(nn.Module):
     ) -> jax.Array:
         """language [B, T, D], levels [B, S_i, dim] from 1/8 to 1/32 -> L_e [B, dim]."""
         cfg = self.config
-        if cfg.query == "cls":
-            query = language[:, 0]
-        else:
-            weight = token_mask / jnp.maximum(token_mask.sum(1, keepdims=True), 1)
-            query = jnp.einsum("btd,bt->bd", language, weight)
+        query = sentence_vector(language, token_mask, cfg.query)
         query = nn.Dense(cfg.dim, dtype=self.dtype, name="query")(query)[:, None]
         level_embedding = self.param(
             "level_embedding", nn.initializers.normal(0.02), (len(levels), cfg.dim)

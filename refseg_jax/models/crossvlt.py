@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from refseg_jax.errors import UserError
+from refseg_jax.losses.contrastive import unit_length
 from refseg_jax.losses.segmentation import (
     majority_downsample,
     masked_mean,
@@ -43,6 +44,7 @@ class CrossVLTConfig:
     align_at: str = "input"  # Where it is scored: "stage" is eq. 7, "input" the released code.
     align_dim: int = 256
     head_dim: int = 64  # Of the pixels' attention.
+    shut_gates: bool = True  # Gates start almost shut, for pretrained encoders.
     class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground; eq. 8 has (1, 1).
     task_weight: float = 2.0
     align_weight: float = 1.0  # Eq. 9's lambda, where the task's weight is 1; not in the paper.
@@ -124,9 +126,7 @@ class Alignment(nn.Module):
         """vision [B, h, w, C], sentence [B, D] -> float32 [B, h, w]."""
 
         def unit(x: jax.Array, name: str) -> jax.Array:
-            x = nn.Dense(self.dim, dtype=self.dtype, name=name)(x).astype(jnp.float32)
-            square = jnp.sum(x * x, -1, keepdims=True)
-            return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+            return unit_length(nn.Dense(self.dim, dtype=self.dtype, name=name)(x))
 
         return jnp.einsum("bhwc,bc->bhw", unit(vision, "vision"), unit(sentence, "language"))
 
@@ -155,9 +155,9 @@ class CrossVLT(nn.Module):
 
         # As released, the first stage attends in twice its width, the others in their own.
         self.fusions = [fusion(width) for width in (2 * widths[0], *widths[1:])]
-        self.gates = [GatedResidual(self.dtype) for _ in widths]
+        self.gates = [GatedResidual(self.dtype, cfg.shut_gates) for _ in widths]
         self.merged_fusions = [fusion(width) for width in widths[1:]]
-        self.merged_gates = [GatedResidual(self.dtype) for _ in widths[1:]]
+        self.merged_gates = [GatedResidual(self.dtype, cfg.shut_gates) for _ in widths[1:]]
         if cfg.align_loss == "aux":
             self.aux_heads = [nn.Dense(1, dtype=self.dtype) for _ in widths]
         elif cfg.align_stages:

@@ -29,6 +29,7 @@ class LAVTConfig:
     swin: SwinConfig = SwinConfig()
     bert: BertConfig = BertConfig()
     fusion_heads: tuple[int, ...] = (1, 1, 1, 1)  # Of each stage's PWAM.
+    shut_gates: bool = True  # Gates start almost shut, for pretrained encoders.
     class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground.
 
     def __post_init__(self):
@@ -73,7 +74,7 @@ class LAVT(nn.Module):
         self.swin = Swin(cfg.swin, dtype=self.dtype)
         self.bert = Bert(cfg.bert, dtype=self.dtype)
         self.fusions = [PWAM(heads, self.dtype) for heads in cfg.fusion_heads]
-        self.gates = [GatedResidual(self.dtype) for _ in cfg.fusion_heads]
+        self.gates = [GatedResidual(self.dtype, cfg.shut_gates) for _ in cfg.fusion_heads]
         self.decoder = MaskDecoder(self.dtype)
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The convolutional mask decoder of LAVT and CrossVLT."""
+"""Convolutional mask decoders: their block, and the whole decoder of LAVT and CrossVLT."""
 
 import functools
 
@@ -7,20 +7,52 @@ import jax
 import jax.numpy as jnp
 
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
-from refseg_jax.models.layers.resize import resize_bilinear
+from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 
 
-class ConvBlock(nn.Module):
-    """Twice 3x3 convolution, batch norm, ReLU: [B,h,w,C] -> [B,h,w,dim]."""
+class JoiningConv(nn.Module):
+    """3x3 convolution of two maps side by side, the coarse one first resized to the fine one.
+
+    `__call__(coarse [B,h',w',C'], fine [B,h,w,C]) -> [B,h,w,dim]`; resizing keeps the corners'
+    centres in place. Parameter `kernel` [3,3,C'+C,dim], that of `nn.Conv`; no bias.
+    """
 
     dim: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, coarse: jax.Array, fine: jax.Array) -> jax.Array:
+        C = coarse.shape[-1]
+        shape = (3, 3, C + fine.shape[-1], self.dim)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        y = jax.lax.conv_general_dilated(
+            fine, kernel[:, :, C:], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + resized_conv(coarse, kernel[:, :, :C], fine.shape[1:3], align_corners=True)
+
+
+class ConvBlock(nn.Module):
+    """Twice 3x3 convolution, batch norm, ReLU: [B,h,w,C] -> [B,h,w,dim].
+
+    With `relu_first` the ReLU comes before the norm, and the convolutions have biases. With
+    `coarse`, the first convolution is a `JoiningConv` of it and x.
+    """
+
+    dim: int
+    dtype: jnp.dtype = jnp.float32
+    relu_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, coarse: jax.Array | None = None) -> jax.Array:
         for i in (1, 2):
-            x = nn.Conv(self.dim, (3, 3), use_bias=False, dtype=self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train))
+            name = f"conv{i}"
+            if i == 1 and coarse is not None:
+                x = JoiningConv(self.dim, self.dtype, name=name)(coarse, x)
+            else:
+                bias = self.relu_first
+                x = nn.Conv(self.dim, (3, 3), use_bias=bias, dtype=self.dtype, name=name)(x)
+            norm = BatchNorm(dtype=self.dtype, name=f"norm{i}")
+            x = norm(nn.relu(x), train) if self.relu_first else nn.relu(norm(x, train))
         return x
 
 
@@ -45,9 +77,7 @@ class MaskDecoder(nn.Module):
         x = maps.pop()
         dim = x.shape[-1] // 2
         while maps:
-            finer = maps.pop()
-            x = resize_bilinear(x, finer.shape[1:3], align_corners=True)
-            block = ConvBlock(dim, self.dtype, name=f"from{len(maps) + 2}")
-            x = block(jnp.concatenate([x, finer], -1), train)
+            block = ConvBlock(dim, self.dtype, name=f"from{len(maps) + 1}")
+            x = block(maps.pop(), train, coarse=x)
         logits = nn.Conv(2, (1, 1), dtype=self.dtype, name="classifier")(x)
         return resize_bilinear(logits.astype(jnp.float32), size, align_corners=True)

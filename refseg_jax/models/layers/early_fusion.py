@@ -1,4 +1,4 @@
-"""What the early-fusion models (LAVT, CrossVLT) share: pixels that attend to words, and gates."""
+"""What the early-fusion models share: pixels that attend to words, and gates."""
 
 import flax.linen as nn
 import jax
@@ -54,18 +54,23 @@ class PixelWordAttention(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    """x + gate(r) r with gate = linear, ReLU, linear, tanh, without biases: [..., C] -> same."""
+    """x + gate(r) r with gate = linear, ReLU, linear, tanh, without biases: [..., C] -> same.
+
+    `shut`: the gate is almost shut at first, so that a pretrained encoder starts undisturbed.
+    """
 
     dtype: jnp.dtype = jnp.float32
+    shut: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        # Not zero: two layers of zeros would never receive a gradient.
+        small = nn.initializers.truncated_normal(0.02)
+        init = small if self.shut else nn.initializers.lecun_normal()
+
         def dense(name: str) -> nn.Dense:
-            # Almost shut at first, so that a pretrained encoder starts undisturbed. Not zero:
-            # two layers of zeros would never receive a gradient.
-            small = nn.initializers.truncated_normal(0.02)
             return nn.Dense(
-                x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=small, name=name
+                x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=init, name=name
             )
 
         gate = jnp.tanh(dense("fc2")(nn.relu(dense("fc1")(update))))
