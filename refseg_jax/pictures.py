@@ -63,6 +63,15 @@ def overlay(
     return outline(filled.round().astype(np.uint8), mask, color, width)
 
 
+def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Lays `values` f32 [H, W] in 0 .. 1, black to red to yellow to white, over a greyed image.
+
+    Returns uint8 [H, W, 3].
+    """
+    glow = np.clip(3 * values[..., None] - np.arange(3), 0, 1) * 255
+    return (0.4 * image.mean(2, keepdims=True) + 0.6 * glow).round().astype(np.uint8)
+
+
 def caption(image: np.ndarray, text: str) -> np.ndarray:
     """Adds a strip with the text below the image, wrapped to the image's width.
 

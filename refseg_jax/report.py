@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from refseg_jax import metrics, pictures
+from refseg_jax.details import Strip
 from refseg_jax.evaluate import CASES, Example, Result, percent, table_rows
 
 PICTURE_SIDE = 256  # px; two per example
@@ -70,6 +71,9 @@ svg .raw { stroke-width: 1; opacity: .35; } svg .dot { fill: var(--card); stroke
   color: var(--ink); } .example q { overflow-wrap: anywhere; }
 .example .score { text-align: right; white-space: nowrap; color: var(--soft); }
 .example .score b { color: var(--ink); }
+.explained { padding: 6px 16px 14px; margin-bottom: 14px; }
+.strip { display: flex; flex-wrap: wrap; gap: 8px; }
+.strip figure { padding: 0; } .strip img { display: block; } .strip figcaption { max-width: 128px; }
 details { padding: 10px 16px; } summary { cursor: pointer; }
 pre { overflow-x: auto; font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; }
 """
@@ -82,6 +86,7 @@ def write_report(
     config_text: str,
     results: Mapping[str, Result],
     curves: Iterable[Mapping[str, Any]] = (),
+    explained: Iterable[tuple[Example, Iterable[Strip]]] = (),
 ) -> None:
     """Writes the report: one HTML file with its style, curves and pictures inside it.
 
@@ -92,6 +97,7 @@ def write_report(
       results: split name -> result. Pictures come from each result's `examples`.
       curves: rows of the run's metrics file: training rows with `step` and `loss`, evaluation
         rows with `step` and `val/mIoU`.
+      explained: examples with what the model saw in them.
     """
     sections = [
         f"<h1>{_text(title)}</h1>",
@@ -102,6 +108,7 @@ def write_report(
         "<h2>Learning curves</h2>",
         _curves(list(curves)),
         *(_gallery(split, result) for split, result in results.items() if result.examples),
+        _explanations(list(explained)),
         "<h2>Config</h2>",
         f'<details class="card"><summary>Show</summary><pre>{_text(config_text)}</pre></details>',
     ]
@@ -298,6 +305,23 @@ def _example(example: Example) -> str:
         f"<q>{_text(example.text)}</q>"
         f'<span class="score">IoU <b>{percent(example.iou)}</b>{kind}</span></figcaption></figure>'
     )
+
+
+def _explanations(explained: list[tuple[Example, Iterable[Strip]]]) -> str:
+    if not explained:
+        return ""
+    cards = []
+    for example, strips in explained:
+        rows = [f"<q>{_text(example.text)}</q> IoU <b>{percent(example.iou)}</b>"]
+        for strip in strips:
+            figures = "".join(
+                f'<figure><img alt="{_text(caption)}" src="{_data_uri(picture)}">'
+                f"<figcaption>{_text(caption)}</figcaption></figure>"
+                for caption, picture in strip.pictures
+            )
+            rows.append(f'<h3>{_text(strip.heading)}</h3><div class="strip">{figures}</div>')
+        cards.append(f'<div class="card explained">{"".join(rows)}</div>')
+    return f"<h2>On the way to a mask</h2>{''.join(cards)}"
 
 
 def _data_uri(picture: np.ndarray) -> str:

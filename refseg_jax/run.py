@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from refseg_jax import checkpoint, data, evaluate
+from refseg_jax import checkpoint, data, details, evaluate
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.logging import read_metrics
@@ -21,6 +21,8 @@ FREE_FIELDS = (
     "eval.", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "data.root", "data.workers", "data.threads", "data.eval_splits",
 )  # fmt: skip
+
+EXPLAINED = 4  # Examples, at most, of which the report shows how the mask came about.
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, mode: str) -> dict[str, Any]:
@@ -146,6 +148,14 @@ def evaluate_run(
             config_text=str(config),
             results=everything,
             curves=read_metrics(workdir),
+            explained=details.explain(
+                model,
+                variables,
+                tokenizer,
+                [e for e in results[select].examples if e.case != "worst"][:EXPLAINED],
+                config.data.image_size,
+                config.data.max_tokens,
+            ),
         )
     summary = {}
     for split, result in results.items():

@@ -3,8 +3,12 @@
 import html.parser
 import math
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
+from refseg_jax.data.tokenizer import Tokenizer
+from refseg_jax.details import explain, strips
 from refseg_jax.evaluate import CASES, Example, Result
 from refseg_jax.metrics import Counts
 from refseg_jax.report import write_report
@@ -81,6 +85,58 @@ def test_report_is_complete_and_self_contained(tmp_path):
     for words in ("original", "threshold 0.35", "75.00", "3.0 times", "Best", "Worst", "a<b"):
         assert words in checker.text
     assert len(page) < 300_000
+
+
+def test_what_the_model_saw_is_drawn(tmp_path):
+    result, rng = make_result(), np.random.default_rng(1)
+    details = {
+        "word_attention": [rng.random((5, 6, 8)), rng.random((5, 3, 4))],
+        "proposals": rng.normal(size=(6, 6, 8)),
+        "proposal_weights": np.array([0.05, 0.2, 0.1, 0.4, 0.01, 0.24]),
+        "stage_logits": [rng.normal(size=(3, 4))] * 2,
+    }
+    example = result.examples[0]
+    drawn = strips(details, ["red", "<b>"], example.image)
+    captions = [[caption for caption, _ in strip.pictures] for strip in drawn]
+    assert captions == [
+        ["red", "<b>"], ["0.4000", "0.2400", "0.2000", "0.0100"], ["stage 1", "stage 2"],
+    ]  # fmt: skip
+    _, checker = render(tmp_path, results={"val": result}, explained=[(example, drawn)])
+    assert checker.tags.count("img") == 6 + 8 and "<b>" in checker.text
+
+
+def test_a_word_is_drawn_where_it_attends():
+    attention = np.full((3, 4, 4), 0.01)
+    attention[1, 0, 3] = 0.85  # The first piece follows the mark.
+    image = np.full((40, 40, 3), 100, np.uint8)
+    ((_, picture), _), *_ = (
+        s.pictures for s in strips({"word_attention": [attention]}, "ab", image)
+    )
+    hottest = np.unravel_index(picture.sum(2).argmax(), picture.shape[:2])
+    assert hottest[0] < 32 and hottest[1] > 96 and picture.shape == (128, 128, 3)
+
+
+class Shows(nn.Module):
+    """Each token attends to its own row of the image's first channel."""
+
+    has_details = True
+
+    def __call__(self, image, tokens, token_mask, train=False, details=False):
+        rows = jnp.arange(image.shape[1]) == tokens[..., None]
+        attention = image[:, None, ..., 0] * rows[..., None]
+        return {"details": {"word_attention": [attention]}} if details else {}
+
+
+def test_only_a_model_that_shows_details_is_explained():
+    tokenizer = Tokenizer.from_words(["left"])
+    examples = make_result(text="left").examples[:2]
+    arguments = ({}, tokenizer, examples, 64, 5)
+    assert explain(nn.Dense(1), *arguments) == []
+    explained = explain(Shows(), *arguments)
+    assert [example for example, _ in explained] == list(examples)
+    for _, (strip,) in explained:
+        ((word, picture),) = strip.pictures
+        assert word == "left" and picture.dtype == np.uint8 and max(picture.shape) == 128
 
 
 def test_report_without_curves_or_examples(tmp_path):

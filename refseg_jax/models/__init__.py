@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from refseg_jax.errors import UserError
 from refseg_jax.models.alignformer import AlignFormer
+from refseg_jax.models.coupalign import CoupAlign
 from refseg_jax.models.crossvlt import CrossVLT
 from refseg_jax.models.lavt import LAVT
 
 MODELS: dict[str, type[nn.Module]] = {
     "alignformer": AlignFormer,
+    "coupalign": CoupAlign,
     "crossvlt": CrossVLT,
     "lavt": LAVT,
 }
