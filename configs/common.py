@@ -15,6 +15,22 @@ DATASETS = {
     "refcoco+": dict(dataset="refcoco+", split_by="unc", eval_splits=("val", "testA", "testB")),
     "refcocog_umd": dict(dataset="refcocog", split_by="umd", eval_splits=("val", "test")),
     "refcocog_google": dict(dataset="refcocog", split_by="google", eval_splits=("val",)),
+    "grefcoco": dict(dataset="grefcoco", split_by="unc", eval_splits=("val", "testA", "testB")),
+    "referit": dict(dataset="refclef", split_by="berkeley", eval_splits=("val", "test")),
+    # What `python -m refseg_jax.data.prepare` wrote to the root, such as photos of one's own.
+    "prepared": dict(dataset="prepared", split_by="", eval_splits=("val",)),
+    # A training set of several, without the images of their other splits.
+    "merged": dict(
+        dataset="merged",
+        split_by="",
+        merged=("refcoco_unc", "refcoco+_unc", "refcocog_umd"),
+        select_split="refcoco_unc/val",
+        eval_splits=(
+            *("refcoco_unc/val", "refcoco_unc/testA", "refcoco_unc/testB"),
+            *("refcoco+_unc/val", "refcoco+_unc/testA", "refcoco+_unc/testB"),
+            *("refcocog_umd/val", "refcocog_umd/test"),
+        ),
+    ),
 }
 
 
@@ -65,9 +81,12 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.model.bert.remat = False
 
     config.data = ConfigDict(DATASETS[dataset])
-    config.data.root = "data"  # Directory with images/ and the dataset's own folder.
+    # Directory with images/ and the dataset's own folder, or a prepared one, which may be gs://.
+    config.data.root = "data"
+    config.data.merged = DATASETS[dataset].get("merged", ())  # The sets that "merged" is made of.
     config.data.train_split = "train"
-    config.data.select_split = "val"  # The best checkpoint is chosen on it.
+    # The best checkpoint is chosen on it.
+    config.data.select_split = DATASETS[dataset].get("select_split", "val")
     config.data.eval_splits = DATASETS[dataset]["eval_splits"]
     config.data.image_size = 480
     config.data.max_tokens = 20

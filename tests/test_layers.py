@@ -14,7 +14,7 @@ from refseg_jax.models.layers.deformable import (
 )
 from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.positions import sine_positions
-from refseg_jax.models.layers.resize import resize_bilinear
+from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 from refseg_jax.models.layers.transformer import DecoderLayer
 
 torch = pytest.importorskip("torch")
@@ -154,6 +154,18 @@ def test_resize_equals_torch(size, align_corners):
     np.testing.assert_allclose(
         resize_bilinear(x[..., 0], size, align_corners), theirs[..., 0], atol=1e-5
     )
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(12, 20), (11, 13), (6, 10)])
+def test_resized_conv_equals_torch(size, align_corners):
+    x, kernel = normal(2, 6, 10, 4), normal(3, 3, 4, 5)
+    resized = torch.nn.functional.interpolate(
+        torch.tensor(x).permute(0, 3, 1, 2), size, mode="bilinear", align_corners=align_corners
+    )
+    weight = torch.tensor(kernel).permute(3, 2, 0, 1)
+    theirs = torch.nn.functional.conv2d(resized, weight, padding=1).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(resized_conv(x, kernel, size, align_corners), theirs, atol=1e-4)
 
 
 def test_resize_keeps_dtype():

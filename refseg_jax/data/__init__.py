@@ -7,7 +7,7 @@ from refseg_jax.data.tokenizer import Tokenizer
 
 
 def open_source(config: Any, split: str) -> Source:
-    """One split of the dataset that `config` (`config.data`) names.
+    """One split of the dataset that `config` (`config.data`) names: drawn, raw, prepared or merged.
 
     Raises:
       UserError: no such dataset or split, or files that are missing or damaged.
@@ -18,9 +18,13 @@ def open_source(config: Any, split: str) -> Source:
         return ShapesSource(
             split, num_scenes=config.shapes_scenes.get(split), size=config.image_size
         )
-    from refseg_jax.data.refer import ReferSource
+    from refseg_jax.data import sets
 
-    return ReferSource(config.root, config.dataset, config.split_by, split)
+    if config.dataset == sets.MERGED:
+        return sets.open_merged(config.root, config.merged, split)
+    return sets.open_set(config.root, sets.set_name(config.dataset, config.split_by), [split])[
+        split
+    ]
 
 
 def load_tokenizer(name: str) -> Tokenizer:

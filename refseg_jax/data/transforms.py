@@ -3,8 +3,8 @@
 Nothing here imports JAX: input workers run these functions, and must not touch an accelerator.
 """
 
+import io
 import os
-import pathlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,32 +16,37 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    picture: str | os.PathLike[str] | bytes, size: tuple[int, int] | None = None, name: str = ""
+) -> np.ndarray:
     """Decodes a picture to uint8 [H, W, 3], RGB, turned upright by its EXIF orientation.
 
-    `size` is the (H, W) that annotations were drawn at. If only the picture as stored has that
-    size, it is left as stored: the annotations then refer to the stored orientation.
+    Args:
+      picture: a file, or what it contains.
+      size: the (H, W) that annotations were drawn at. If only the picture as stored has that
+        size, it is left as stored: the annotations then refer to the stored orientation.
+      name: what to call the picture in errors, where it is no file.
 
     Raises:
       UserError: the file is missing, not a picture, damaged, or not of the given size.
     """
-    path = pathlib.Path(path)
+    name = name or ("the picture" if isinstance(picture, bytes) else str(picture))
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
             stored = to_rgb(file)
             upright = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
-        raise UserError(f"no image file {path}") from None
-    # Pillow reports damage as OSError, SyntaxError or ValueError, depending on the format.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read {path} as an image ({error}): replace the file") from error
+        raise UserError(f"no image file {name}") from None
+    # Pillow reports damage in almost any way, depending on the format and where it is.
+    except Exception as error:
+        raise UserError(f"cannot read {name} as an image ({error}): replace the file") from error
     if size is None:
         return upright
     for image in (upright, stored):
         if image.shape[:2] == tuple(size):
             return image
     raise UserError(
-        f"{path} is {len(stored)} x {len(stored[0])} (height x width), its annotations were drawn "
+        f"{name} is {len(stored)} x {len(stored[0])} (height x width), its annotations were drawn "
         f"at {size[0]} x {size[1]}: use the original image"
     )
 

@@ -34,7 +34,7 @@ def resized_conv(
     Args:
         x: [B,h,w,C].
         kernel: [3,3,C,D], of the dtype of `x`.
-        size: (H, W), as large as x or larger.
+        size: (H, W).
 
     Returns:
         [B,H,W,D] in the dtype of `x`.

@@ -1,0 +1,141 @@
+"""Annotation files: JSON, and pickles from strangers, read without trusting them."""
+
+import collections
+import io
+import json
+import pathlib
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from refseg_jax.errors import UserError
+
+_INSTANCE_FIELDS = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "annotations": {"id": int, "image_id": int, "segmentation": (list, dict)},
+    "categories": {"id": int, "name": str},
+}
+
+
+_TUPLES = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
+# What plain data does without: changing an object, and memory taken in advance.
+_NOT_PLAIN = pickle.BUILD + pickle.BYTEARRAY8
+
+
+def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A step that builds a tuple, made to refuse tuples within it.
+
+    Deep ones overflow the stack when they are hashed.
+    """
+
+    def checked(unpickler) -> None:
+        load(unpickler)
+        if any(isinstance(value, tuple) for value in unpickler.stack[-1]):
+            raise pickle.UnpicklingError("it holds tuples within tuples")
+
+    return checked
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Builds nothing but plain containers, strings, numbers and bytes: refs come from strangers.
+
+    It is the one in Python, which takes three times as long: the one in C asks for as much memory
+    as a damaged number says. Most plain values need no import at all; these few do, depending on
+    the pickle's protocol.
+    """
+
+    dispatch = {
+        code: _flat(load) if code in _TUPLES else load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in _NOT_PLAIN
+    }
+    _ADMITTED = {
+        ("__builtin__", "set"): set,
+        ("builtins", "set"): set,
+        ("__builtin__", "frozenset"): frozenset,
+        ("builtins", "frozenset"): frozenset,
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        # How protocols 0 to 2 spell bytes: text and its encoding, always latin-1.
+        ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it holds {module}.{name}, which is not plain data: do not trust this file"
+            ) from None
+
+
+def read(path: pathlib.Path) -> Any:
+    """Contents of a JSON file, or of a pickle of plain data (Python 2's strings taken as UTF-8).
+
+    Raises:
+      UserError: the file is missing or damaged, or holds more than plain data.
+    """
+    try:
+        with open(path, "rb") as file:
+            if path.suffix == ".json":
+                return json.load(file)
+            data = io.BytesIO(file.read())
+            return _PlainUnpickler(data, encoding="utf-8", errors="replace").load()
+    # A damaged pickle can raise almost anything.
+    except Exception as error:
+        raise UserError(
+            f"cannot read {path} ({type(error).__name__}: {error}): fetch it again"
+        ) from error
+
+
+def read_records(path: pathlib.Path, fields: dict[str, type | tuple]) -> list[dict]:
+    """`read`, then `check_records`."""
+    return check_records(read(path), fields, str(path))
+
+
+def check_records(value: Any, fields: dict[str, type | tuple], where: str) -> list[dict]:
+    """`value`, made sure to be a list of dicts with these fields of these types, or a UserError."""
+    if not isinstance(value, list):
+        raise UserError(f"{where}: a list is expected, not {type(value).__name__}")
+    for number, record in enumerate(value):
+        for field, kind in fields.items():
+            found = record.get(field) if isinstance(record, dict) else None
+            # To Python, True is a number.
+            if not isinstance(found, kind) or isinstance(found, bool):
+                raise UserError(f"{where}: record {number} lacks a usable {field!r}")
+    return value
+
+
+def instance_tables(path: pathlib.Path) -> dict[str, dict[int, dict]]:
+    """`images`, `annotations` and `categories` of an instances.json, each by id.
+
+    Raises:
+      UserError: unreadable, a field is missing, or an id stands for two things.
+    """
+    tables = read(path)
+    if not isinstance(tables, dict):
+        raise UserError(f"{path}: a JSON object is expected, not {type(tables).__name__}")
+    return {
+        name: _by_id(check_records(tables.get(name), fields, f"{path}, {name}"), f"{path}, {name}")
+        for name, fields in _INSTANCE_FIELDS.items()
+    }
+
+
+def _by_id(records: list[dict], where: str) -> dict[int, dict]:
+    table = {record["id"]: record for record in records}
+    if len(table) != len(records):
+        for record in records:
+            if table[record["id"]] != record:
+                raise UserError(f"{where}: id {record['id']} stands for two different records")
+    return table
+
+
+def clean_text(text: str, what: str) -> str:
+    """An expression without space around it. UserError: nothing is left, or it is no Unicode."""
+    text = text.strip()
+    if not text:
+        raise UserError(f"{what} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is no valid Unicode ({error.reason})") from None
+    return text

@@ -1,0 +1,69 @@
+"""Files: read with a clear error, written whole or not at all, and their checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from refseg_jax.errors import UserError
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+    """A file's contents. UserError: it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name to write to, which becomes `path` once it is whole and on the disk.
+
+    Nothing happens to `path` if something fails before, or the file is gone.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.exists():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes plain data, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The inverse of `write_json`. UserError: the file is damaged."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        return value
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete {path.parent} and prepare the data again"
+        ) from error
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(path: pathlib.Path) -> dict[str, Any]:
+    """`bytes` and `sha256` of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

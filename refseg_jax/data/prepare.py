@@ -1,0 +1,277 @@
+"""Prepares a dataset: pictures, masks and expressions into a few large files (see `shards.py`).
+
+python -m refseg_jax.data.prepare refer --root /data/refer --dataset refcoco --split_by unc --out D
+python -m refseg_jax.data.prepare merged --root /data/refer --out D
+python -m refseg_jax.data.prepare tfds --root tensorflow_datasets/ref_coco/refcoco_unc/1.1.0 --out D
+python -m refseg_jax.data.prepare coco --images I --expressions E.jsonl [--instances J] --out D
+python -m refseg_jax.data.prepare folder --root MY_PHOTOS --out D
+
+The same command again goes on where a killed one stopped, and verifies what is there.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from refseg_jax.data import custom, refer, sets
+from refseg_jax.data.files import sha256
+from refseg_jax.data.records import FileSource
+from refseg_jax.data.shards import MANIFEST
+from refseg_jax.data.writer import Plan, write
+from refseg_jax.errors import UserError
+
+_COCO_LICENCE = (
+    "annotations of COCO: CC BY 4.0 (cocodataset.org); photographs: each under its own Flickr "
+    "licence; expressions: see github.com/lichengunc/refer"
+)
+_LICENCES = {
+    "refclef": "photographs and regions of SAIAPR TC-12 (imageclef.org/SIAPRdata); expressions: "
+    "see github.com/lichengunc/refer",
+    "grefcoco": "annotations of COCO: CC BY 4.0 (cocodataset.org); photographs: each under its own "
+    "Flickr licence; expressions: see github.com/henghuiding/gRefCOCO",
+}
+_OWN_LICENCE = "not stated (--licence)"
+_SKIPPED_SHOWN = 20
+MERGED_SETS = ("refcoco_unc", "refcoco+_unc", "refcocog_umd")
+
+
+def open_refer(args: argparse.Namespace) -> Plan:
+    """A dataset in the `refer` layout."""
+    files = refer.ReferFiles(args.root, args.dataset, args.split_by)
+    sources = {
+        split: refer.ReferSource(
+            args.root, args.dataset, args.split_by, split,
+            text_field=args.text_field, partial=args.partial, files=files,
+        )
+        for split in args.splits or files.splits
+    }  # fmt: skip
+    about = {
+        "source": {
+            "kind": "refer",
+            "files": {path.name: sha256(path) for path in files.annotation_files},
+        },
+        "licence": args.licence or _LICENCES.get(args.dataset, _COCO_LICENCE),
+        "text_field": args.text_field,
+    }
+    return _plan(args, args.dataset, args.split_by, sources, about)
+
+
+def open_tfds(args: argparse.Namespace) -> Plan:
+    """TensorFlow Datasets' `ref_coco`, as it was built."""
+    from refseg_jax.data import tfds
+
+    dataset, split_by, sources, files = tfds.open_built(args.root)
+    sources = {split: sources[split] for split in args.splits or sources if split in sources}
+    missing = set(args.splits or ()) - sources.keys()
+    if missing:
+        raise UserError(f"{args.root} has no split {', '.join(sorted(missing))}")
+    about = {
+        "source": {"kind": "tfds ref_coco", "files": {path.name: sha256(path) for path in files}},
+        "licence": args.licence or _COCO_LICENCE,
+    }
+    return _plan(args, dataset, split_by, sources, about)
+
+
+def open_coco(args: argparse.Namespace) -> Plan:
+    """Someone's own photos with a JSON-lines file of expressions."""
+    sources = custom.read_lines(
+        args.expressions, args.images, args.instances,
+        name=args.name, val_share=args.val_share, partial=args.partial,
+    )  # fmt: skip
+    files = [pathlib.Path(path) for path in (args.expressions, args.instances) if path]
+    about = {
+        "source": {
+            "kind": "coco",
+            "files": {path.name: sha256(path) for path in files},
+            "regions": _fingerprints(sources),
+        },
+        "licence": args.licence or _OWN_LICENCE,
+    }
+    return _plan(args, args.name, "", sources, about)
+
+
+def open_folder(args: argparse.Namespace) -> Plan:
+    """A plain folder of someone's own images, masks and expressions."""
+    sources = custom.read_folder(
+        args.root, name=args.name, val_share=args.val_share, partial=args.partial
+    )
+    about = {
+        "source": {"kind": "folder", "regions": _fingerprints(sources)},
+        "licence": args.licence or _OWN_LICENCE,
+    }
+    return _plan(args, args.name, "", sources, about)
+
+
+def open_merged(args: argparse.Namespace) -> Plan:
+    """The merged training set of several sets, and the other splits of each of them."""
+    each = {name: sets.open_set(args.root, name) for name in args.sets}
+    merged = sets.MergedSource(each)
+    _say(merged.report())
+    sources: dict[str, FileSource] = {sets.TRAIN: merged}
+    for name, splits in each.items():
+        others = {s: source for s, source in splits.items() if s != sets.TRAIN}
+        sources |= {f"{name}/{split}": source for split, source in others.items()}
+    dropped = {
+        name: dict(zip(("images", "refs", "sentences"), lost, strict=True))
+        for name, lost in merged.dropped.items()
+    }
+    about = {
+        "source": {"kind": "merged", "sets": list(args.sets), "dropped": dropped},
+        "licence": args.licence or f"{_COCO_LICENCE}; of other sets: their own",
+    }
+    return _plan(args, sets.MERGED, "", sources, about)
+
+
+def _plan(
+    args: argparse.Namespace,
+    dataset: str,
+    split_by: str,
+    sources: Mapping[str, FileSource],
+    about: Mapping[str, Any],
+) -> Plan:
+    return Plan(dataset, split_by, sources, about, args.images_per_shard, args.partial)
+
+
+def _fingerprints(sources: Mapping[str, custom.CustomSource]) -> dict[str, str]:
+    return {split: source.fingerprint() for split, source in sources.items()}
+
+
+def check_counts(plan: Plan) -> None:
+    """Compares whole splits with what is published of them; says how a part differs.
+
+    Raises:
+      UserError: they differ, and the plan is not `partial`.
+    """
+    known = refer.KNOWN_COUNTS.get((plan.dataset, plan.split_by), {})
+    differing = [
+        f"{split} has {', '.join(lines)}"
+        for split, source in plan.sources.items()
+        if (lines := refer.count_differences(source, plan.split_by))
+    ]
+    differing += [f"{split} is missing" for split in known if split not in plan.sources]
+    if not differing:
+        return
+    text = f"{plan.dataset} ({plan.split_by}) is not what is published: {'; '.join(differing)}"
+    if not plan.partial:
+        raise UserError(f"{text} (fetch what is missing, or say that it is a part with --partial)")
+    _say(text)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prepares what the command line asks for; returns what to print.
+
+    Raises:
+      UserError: the data is missing, damaged, or not what is published, or cannot be written.
+    """
+    plan = args.open(args)
+    check_counts(plan)
+    manifest = write(plan, args.out, args.workers)
+    skipped = [line for lines in manifest["skipped"].values() for line in lines]
+    for line in skipped[:_SKIPPED_SHOWN]:
+        _say(f"left out: {line}")
+    if len(skipped) > _SKIPPED_SHOWN:
+        _say(f"left out: {len(skipped)} in all, see {args.out / MANIFEST}")
+    return {
+        "out": str(args.out),
+        "dataset": manifest["dataset"],
+        "images": manifest["images"],
+        "splits": manifest["splits"],
+        "skipped": len(skipped),
+        "shards": len(manifest["shards"]),
+        "bytes": sum(state["bytes"] for state in (*manifest["shards"], manifest["index"])),
+    }
+
+
+def _say(text: str) -> None:
+    """A line on stderr, also of text that came from damaged files."""
+    print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0 < (share := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m refseg_jax.data.prepare", description=__doc__.split("\n", 1)[0]
+    )
+    kinds = parser.add_subparsers(required=True, metavar="refer|merged|tfds|coco|folder")
+
+    def kind(name, function):
+        sub = kinds.add_parser(name, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(open=function)
+        sub.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to")
+        sub.add_argument(
+            "--workers", type=_positive, default=os.cpu_count(), help="processes (default: cores)"
+        )
+        sub.add_argument(
+            "--partial",
+            action="store_true",
+            help="take a part: leave out what cannot be used, list it, and go on",
+        )
+        sub.add_argument("--licence", help="what the manifest says of it")
+        sub.add_argument("--images_per_shard", type=_positive, default=256)
+        return sub
+
+    sub = kind("refer", open_refer)
+    sub.add_argument("--root", required=True, help="folder with images/ and the dataset's own")
+    sub.add_argument("--dataset", default="refcoco", help="its folder, e.g. refcoco+ or refclef")
+    sub.add_argument("--split_by", default="unc", help="unc, umd, google or berkeley")
+    sub.add_argument("--splits", type=_names, help="e.g. train,val (default: all)")
+    sub.add_argument(
+        "--text_field", choices=("raw", "sent"), default="raw", help="as typed, or cleaned"
+    )
+    sub = kind("merged", open_merged)
+    sub.add_argument("--root", required=True, help="folder with the sets, raw or prepared")
+    sub.add_argument("--sets", type=_names, default=MERGED_SETS, help="e.g. refcoco_unc,photos")
+    sub = kind("tfds", open_tfds)
+    sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0")
+    sub.add_argument("--splits", type=_names, help="e.g. train,val (default: all)")
+    for name, function in (("coco", open_coco), ("folder", open_folder)):
+        sub = kind(name, function)
+        if name == "coco":
+            sub.add_argument("--images", required=True, help="folder with the images")
+            sub.add_argument("--expressions", required=True, help="JSON lines, see docs/data.md")
+            sub.add_argument("--instances", help="COCO file that ann_id refers to")
+        else:
+            sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
+        sub.add_argument("--name", default="custom", help="what to call the dataset")
+        sub.add_argument(
+            "--val_share", type=_share, default=custom.VAL_SHARE,
+            help="of the images, where no split is named",
+        )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; prints one JSON object and returns the exit status, 2 for bad input."""
+    logging.basicConfig(level=logging.ERROR)  # What the sources warn of, this reports itself.
+    args = _arguments(argv)
+    try:
+        result = run(args)
+    except UserError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        return 2
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Datasets on disk by name, such as "refcoco_unc": prepared or raw, one of them or several merged.
+
+A set is looked for in this order: prepared in <root>/<name>, prepared in <root> itself, and in the
+`refer` layout beneath <root>.
+"""
+
+import collections
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from refseg_jax.data.records import FileSource, ImageFile, Ref, RefList
+from refseg_jax.data.refer import ReferFiles, ReferSource
+from refseg_jax.data.shards import PreparedSource, is_prepared, read_header
+from refseg_jax.errors import UserError
+
+TRAIN = "train"
+MERGED = "merged"
+ANY = "prepared"  # Whatever set is prepared in the root.
+
+_COCO_NAME = re.compile(r"(?:.*/)?(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg")
+
+
+def set_name(dataset: str, split_by: str) -> str:
+    """("refcoco", "unc") -> "refcoco_unc"."""
+    return f"{dataset}_{split_by}" if split_by else dataset
+
+
+def open_set(root: str, name: str, splits: Sequence[str] | None = None) -> dict[str, FileSource]:
+    """The named splits of a set, or all that it has.
+
+    Raises:
+      UserError: there is no such set or split, or its files are missing or damaged.
+    """
+    root = str(root).rstrip("/")
+    for folder in (f"{root}/{name}", root):
+        if not is_prepared(folder):
+            continue
+        header = read_header(folder)
+        found = set_name(header.dataset, header.split_by)
+        if folder == root and name not in (found, ANY):
+            raise UserError(f"{root} holds the prepared set {found}, not {name}: give another root")
+        return {split: PreparedSource(folder, split) for split in splits or header.splits}
+    dataset, _, split_by = name.rpartition("_")
+    if "://" in root or not dataset:
+        raise UserError(
+            f"there is no prepared set at {root} or {root}/{name}: write one with "
+            "`python -m refseg_jax.data.prepare`"
+        )
+    files = ReferFiles(root, dataset, split_by)
+    return {
+        split: ReferSource(root, dataset, split_by, split, files=files)
+        for split in splits or files.splits
+    }
+
+
+def open_merged(root: str, names: Sequence[str], split: str) -> FileSource:
+    """The merged training set ("train"), or a split of one of its sets ("refcoco_unc/val").
+
+    Raises:
+      UserError: see `open_set` and `MergedSource`.
+    """
+    if is_prepared(str(root).rstrip("/")):
+        return open_set(root, MERGED, [split])[split]
+    if split == TRAIN:
+        return MergedSource({name: open_set(root, name) for name in names})
+    name, _, part = split.rpartition("/")
+    if name not in names:
+        raise UserError(
+            f"the merged set has no split {split!r}: its splits are {TRAIN!r} and "
+            f"<set>/<split>, the sets being {', '.join(names)}"
+        )
+    return open_set(root, name, [part])[part]
+
+
+def image_key(file: ImageFile) -> Any:
+    """Equal for two files of one photograph, in whichever of the sets they are.
+
+    COCO's images go by their number, which is the same in all its editions and sizes; others by
+    name and size.
+    """
+    number = _COCO_NAME.fullmatch(file.name)
+    return int(number[1]) if number else file
+
+
+class MergedSource(RefList):
+    """The training splits of several sets, without any image that another split of one of them has.
+
+    The google splits share images between training and validation, and the sets share COCO's:
+    without this, a model is trained on images that it is tested on. Refs come set by set, numbered
+    anew.
+
+    Args:
+      sets: the splits of each set by name, all of them.
+
+    Attributes:
+      dropped: for each set how many (images, refs, sentences) have been left out.
+
+    Raises:
+      UserError: a set has no training split, or nothing is left.
+    """
+
+    def __init__(self, sets: Mapping[str, Mapping[str, FileSource]]):
+        without = [name for name, splits in sets.items() if TRAIN not in splits]
+        if without or not sets:
+            raise UserError(f"nothing to merge: no {TRAIN!r} split in {', '.join(without) or 'it'}")
+        held_out = {
+            image_key(source.image_file(source[i]))
+            for splits in sets.values()
+            for split, source in splits.items()
+            if split != TRAIN
+            for i in range(len(source))
+        }
+        refs: list[Ref] = []
+        self._origins: list[tuple[FileSource, Ref]] = []
+        self.dropped: dict[str, tuple[int, int, int]] = {}
+        for name, splits in sets.items():
+            source, lost = splits[TRAIN], collections.Counter()
+            for ref in (source[i] for i in range(len(source))):
+                key = image_key(source.image_file(ref))
+                if key in held_out:
+                    lost[key] += len(ref.sentences)
+                    lost["refs"] += 1
+                    continue
+                refs.append(dataclasses.replace(ref, ref_id=len(refs)))
+                self._origins.append((source, ref))
+            count = lost.pop("refs", 0)
+            self.dropped[name] = (len(lost), count, sum(lost.values()))
+        if not refs:
+            raise UserError(f"nothing is left of {', '.join(sets)}: every image is held out")
+        super().__init__(MERGED, TRAIN, refs)
+        logging.warning("merged training set: %s", self.report())
+
+    def report(self) -> str:
+        """One line on what has been left out."""
+        each = "; ".join(
+            f"{name} {images} images ({refs} refs, {sentences} sentences)"
+            for name, (images, refs, sentences) in self.dropped.items()
+        )
+        return f"left out, as they are in a non-train split of one of the sets: {each}"
+
+    def image(self, ref: Ref) -> np.ndarray:
+        """uint8 [H, W, 3], RGB."""
+        source, original = self._origins[ref.ref_id]
+        return source.image(original)
+
+    def image_file(self, ref: Ref) -> ImageFile:
+        source, original = self._origins[ref.ref_id]
+        return source.image_file(original)
+
+    def image_bytes(self, ref: Ref) -> bytes:
+        """The encoded picture."""
+        source, original = self._origins[ref.ref_id]
+        return source.image_bytes(original)
+
+    def mask(self, ref: Ref) -> np.ndarray:
+        """bool [H, W]."""
+        source, original = self._origins[ref.ref_id]
+        return source.mask(original)

@@ -1,0 +1,168 @@
+"""Merged training sets: nothing of what is tested on may be trained on."""
+
+import json
+import logging
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from refseg_jax.data import open_source, sets
+from refseg_jax.data.records import ImageFile
+from refseg_jax.data.refer import ReferSource
+from refseg_jax.data.shards import PreparedSource
+from refseg_jax.errors import UserError
+from tests import preparing, tiny
+
+
+def write_sets(root):
+    """Sets a, b and c over the six images 1000000 .. 1000003 (train), 2000000, 2000001 (val).
+
+    a: as drawn. b: with a leak planted: 1000001, which is training in a, is validation. c: has an
+    own split by google, whose one image 1000002 is both, in different refs. Of c, 1000003 is left.
+    """
+    preparing.write_shapes(root)
+    refs = pickle.loads((root / "shapes" / "refs(unc).p").read_bytes())
+    by_image = {}
+    for ref in refs:
+        by_image.setdefault(ref["image_id"], []).append(ref)
+
+    def save(name, split_by, chosen):
+        folder = root / name
+        folder.mkdir()
+        shutil.copy(root / "shapes" / "instances.json", folder)
+        content = [ref | {"split": split} for ref, split in chosen]
+        (folder / f"refs({split_by}).json").write_text(json.dumps(content))
+
+    save("a", "unc", [(ref, ref["split"]) for ref in refs])
+    leak = [(ref, "val") for ref in by_image[1000001]]
+    save("b", "unc", [(ref, "train") for ref in by_image[1000000]] + leak)
+    first, *others = by_image[1000002]
+    kept = [(ref, "train") for ref in by_image[1000003][:2]]
+    save("c", "google", [(first, "test"), *((ref, "train") for ref in others), *kept])
+    return root
+
+
+SETS = ("a_unc", "b_unc", "c_google")
+HELD_OUT = {1000001, 1000002, 2000000, 2000001}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="module")
+def prepared(root, tmp_path_factory):
+    """Every set prepared by itself."""
+    out = tmp_path_factory.mktemp("prepared")
+    for name in SETS:
+        dataset, split_by = name.split("_")
+        assert preparing.run(
+            "refer", "--root", root, "--dataset", dataset, "--split_by", split_by,
+            "--out", out / name, "--workers", 1,
+        ) == 0  # fmt: skip
+    return out
+
+
+def test_a_planted_leak_is_dropped_and_counted(root, caplog):
+    source = sets.open_merged(str(root), SETS, "train")
+    images = [source[i].image_id for i in range(len(source))]
+    assert not HELD_OUT & set(images)
+    # a: two of four images, b: one, c: one, with two refs.
+    assert images == [*[1000000] * 3, *[1000003] * 3, *[1000000] * 3, *[1000003] * 2]
+    assert source.dropped == {"a_unc": (2, 6, 18), "b_unc": (0, 0, 0), "c_google": (1, 2, 6)}
+    assert source.num_sentences == 11 * 3
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "a_unc 2 images (6 refs, 18 sentences); b_unc 0 images" in message
+
+
+def test_merged_samples_are_those_of_the_sets(root):
+    merged = sets.open_merged(str(root), SETS, "train")
+    originals = []
+    for name in SETS:
+        source = sets.open_set(str(root), name, ["train"])["train"]
+        originals += [(source, source[i]) for i in range(len(source))]
+    originals = [(s, ref) for s, ref in originals if ref.image_id not in HELD_OUT]
+    for i, (source, ref) in enumerate(originals):
+        assert merged[i].sentences == ref.sentences and merged[i].ann_ids == ref.ann_ids
+        np.testing.assert_array_equal(merged.image(merged[i]), source.image(ref))
+        np.testing.assert_array_equal(merged.mask(merged[i]), source.mask(ref))
+    assert len({merged[i].ref_id for i in range(len(merged))}) == len(merged) == len(originals)
+
+
+def test_raw_and_prepared_sets_merge_alike(root, prepared, tmp_path):
+    raw = sets.open_merged(str(root), SETS, "train")
+    from_shards = sets.open_merged(str(prepared), SETS, "train")
+    assert isinstance(sets.open_set(str(prepared), "b_unc")["val"], PreparedSource)
+    preparing.assert_same_source(from_shards, raw)
+    assert from_shards.dropped == raw.dropped
+
+    out = tmp_path / "merged"
+    arguments = ("merged", "--root", root, "--sets", ",".join(SETS), "--out", out, "--workers", 1)
+    assert preparing.run(*arguments) == 0
+    preparing.assert_same_source(sets.open_merged(str(out), SETS, "train"), raw)
+    manifest = preparing.manifest(out)
+    assert list(manifest["splits"]) == ["train", "a_unc/val", "b_unc/val", "c_google/test"]
+    assert manifest["images"] == 6
+    dropped = manifest["source"]["dropped"]
+    assert dropped["a_unc"] == {"images": 2, "refs": 6, "sentences": 18}
+
+
+def test_configs_open_merged_sets(root, prepared):
+    config = tiny.config("merged").data
+    assert config.select_split == "refcoco_unc/val" and config.select_split in config.eval_splits
+    assert {split.split("/")[0] for split in config.eval_splits} == set(config.merged)
+    config.merged = SETS
+    for folder in (root, prepared):
+        config.root = str(folder)
+        assert len(open_source(config, "train")) == 11
+        expected = ReferSource(root, "c", "google", "test")
+        source = open_source(config, "c_google/test")
+        preparing.assert_same_source(source, expected)
+    for split in ("val", "d_unc/val", "a_unc"):
+        with pytest.raises(UserError, match="a_unc, b_unc, c_google"):
+            open_source(config, split)
+    with pytest.raises(UserError, match="no split 'test'"):
+        open_source(config, "a_unc/test")
+
+
+def test_sets_that_cannot_be_merged(root):
+    only_val = {"val": ReferSource(root, "a", "unc", "val")}
+    with pytest.raises(UserError, match="no 'train' split in x"):
+        sets.MergedSource({"x": only_val})
+    train = ReferSource(root, "b", "unc", "train")
+    with pytest.raises(UserError, match="nothing is left"):
+        sets.MergedSource({"x": {"train": train, "val": train}})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("COCO_train2014_000000000009.jpg", 4, 5), ("000000000009.jpg", 8, 10), True),
+        (
+            ("COCO_train2014_000000000009.jpg", 4, 5),
+            ("x/COCO_val2014_000000000009.jpg", 4, 5),
+            True,
+        ),
+        (("COCO_train2014_000000000009.jpg", 4, 5), ("000000000019.jpg", 4, 5), False),
+        (("01/images/9.jpg", 4, 5), ("01/images/9.jpg", 4, 5), True),
+        (("01/images/9.jpg", 4, 5), ("02/images/9.jpg", 4, 5), False),
+        (("9.jpg", 4, 5), ("9.jpg", 5, 4), False),
+    ],
+)
+def test_which_files_are_the_same_photograph(one, other, same):
+    assert (sets.image_key(ImageFile(*one)) == sets.image_key(ImageFile(*other))) == same
+
+
+def test_real_sets_are_merged(test_data, caplog):
+    """One set beside itself: every one of its own held-out images is kept out of both."""
+    smoke = test_data / "data" / "refcoco_smoke"
+    with caplog.at_level(logging.WARNING):
+        source = sets.open_merged(str(smoke), ["refcoco_unc"], "train")
+    assert len(source) == 26 and source.dropped == {"refcoco_unc": (0, 0, 0)}
+    others = sets.open_set(str(smoke), "refcoco_unc")
+    leaky = {"google": {**others, "val": others["train"]}, "unc": others}
+    with pytest.raises(UserError, match="nothing is left of google, unc"):
+        sets.MergedSource(leaky)

@@ -1,0 +1,117 @@
+"""`ref_coco` as TensorFlow Datasets built it.
+
+The files in golden/ref_coco were written by TensorFlow Datasets 4.9.10's own builder, version
+1.1.0, as RefCOCOg (google), from `shapes.write_refer(num_scenes={"train": 2, "val": 1}, size=48)`.
+"""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from refseg_jax.data import shapes, tfds
+from refseg_jax.data.shards import PreparedSource
+from refseg_jax.errors import UserError
+from tests import preparing
+
+BUILT = pathlib.Path(__file__).parent / "golden" / "ref_coco" / "refcocog_google" / "1.1.0"
+SPLITS = {"train": 2, "val": 1}
+
+
+@pytest.fixture
+def built(tmp_path):
+    return pathlib.Path(shutil.copytree(BUILT, tmp_path / "refcocog_google" / "1.1.0"))
+
+
+def as_array_records(folder):
+    for path in list(folder.glob("*.tfrecord-*")):
+        writer = ArrayRecordWriter(str(path).replace("tfrecord", "array_record"), "group_size:1")
+        for place in tfds._places(path):
+            writer.write(path.read_bytes()[place.start : place.start + place.length])
+        writer.close()
+        path.unlink()
+
+
+@pytest.mark.parametrize("form", ["tfrecord", "array_record"])
+def test_a_built_dataset_is_what_it_was_built_from(built, form):
+    if form == "array_record":
+        as_array_records(built)
+    dataset, split_by, sources, _ = tfds.open_built(str(built))
+    assert (dataset, split_by, list(sources)) == ("refcocog", "google", list(SPLITS))
+    for split, scenes in SPLITS.items():
+        drawn = shapes.ShapesSource(split, num_scenes=scenes, size=48)
+        expected = {drawn[i].ann_ids: drawn[i] for i in range(len(drawn))}
+        source = sources[split]
+        assert (len(source), source.num_sentences) == (len(drawn), drawn.num_sentences)
+        for i in range(len(source)):
+            ref = source[i]
+            original = expected.pop(ref.ann_ids)
+            assert ref.image_id == original.image_id and ref.split == split
+            # The builder sorts sentences by number, and so does the drawn data.
+            assert [(s.text, s.sent_id) for s in ref.sentences] == [
+                (s.text, s.sent_id) for s in original.sentences
+            ]
+            np.testing.assert_array_equal(source.image(ref), drawn.image(original))
+            np.testing.assert_array_equal(source.mask(ref), drawn.mask(original))
+            assert source.image_file(ref).name == f"COCO_train2014_{ref.image_id:012d}.jpg"
+        assert not expected
+
+
+def test_it_is_prepared(built, tmp_path, capsys):
+    arguments = ("tfds", "--root", built, "--out", tmp_path / "out", "--workers", 1)
+    assert preparing.run(*arguments) == 2
+    assert "train has 6 of 44822 refs, 2 of 24698 images; val has" in capsys.readouterr().err
+    assert preparing.run(*arguments, "--partial") == 0
+    _, _, sources, _ = tfds.open_built(str(built))
+    for split, source in sources.items():
+        preparing.assert_same_source(PreparedSource(tmp_path / "out", split), source)
+
+
+def spoil_info(**changes):
+    def spoil(folder):
+        path = folder / "dataset_info.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def train_file(folder):
+    return folder / "ref_coco-train.tfrecord-00000-of-00001"
+
+
+def cut_off(folder):
+    train_file(folder).write_bytes(train_file(folder).read_bytes()[:-9])
+
+
+def one_record_less(folder):
+    path = train_file(folder)
+    path.write_bytes(path.read_bytes()[: next(tfds._places(path)).length + 16])
+
+
+def damaged(folder):
+    path = train_file(folder)
+    data = bytearray(path.read_bytes())
+    data[14:40] = bytes(26)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_info(version="1.0.0"), "version 1.0.0 of ref_coco, of which only 1.1.0"),
+        (spoil_info(name="coco"), "holds 'coco': give the folder of a version of ref_coco"),
+        (spoil_info(splits=[{"name": "train"}]), "dataset_info.json does not describe"),
+        (lambda folder: (folder / "dataset_info.json").unlink(), "dataset_info.json"),
+        (lambda folder: train_file(folder).unlink(), "has 0 of the 1 files of train"),
+        (cut_off, "train.*is cut off or damaged"),
+        (one_record_less, "has 1 of the 2 images of train"),
+        (damaged, "record 0 of train in .* is damaged or not ref_coco's"),
+    ],
+)
+def test_what_cannot_be_read_is_named(built, spoil, message):
+    spoil(built)
+    with pytest.raises(UserError, match=message):
+        tfds.open_built(str(built))
