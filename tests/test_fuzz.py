@@ -149,6 +149,19 @@ def test_pickles_with_code_in_them(raw, tmp_path):
     assert ran.exists()  # It would have been seen.
 
 
+def test_pickles_that_only_take_memory_are_refused(tmp_path):
+    path = tmp_path / "refs.p"
+    put = b"\x80\x02]r\xff\xff\xff\x7f."  # An empty list, remembered as number 2 ** 31 - 1.
+    path.write_bytes(put)
+    assert annotations.read(path) == []
+    reserve = b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"."
+    nested = b"\x80\x02}K\x01" + b"\x85" * 1_000_000 + b"K\x01s."
+    for content in (reserve, nested):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot read .*refs\.p"):
+            annotations.read(path)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_pictures(form):

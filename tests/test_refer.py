@@ -272,19 +272,6 @@ def test_pickles_run_no_code(tmp_path, protocol):
     assert annotations.read(path) == refs
 
 
-def test_pickles_that_only_take_memory_are_refused(tmp_path):
-    path = tmp_path / "refs.p"
-    put = b"\x80\x02]r\xff\xff\xff\x7f."  # An empty list, remembered as number 2 ** 31 - 1.
-    path.write_bytes(put)
-    assert annotations.read(path) == []
-    reserve = b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"."
-    nested = b"\x80\x02}K\x01" + b"\x85" * 1_000_000 + b"K\x01s."
-    for content in (reserve, nested):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"cannot read .*refs\.p"):
-            annotations.read(path)
-
-
 def test_python_2_strings_are_text(tmp_path):
     # {'caf\xc3\xa9': u'caf\xe9'} as Python 2 wrote it at protocol 2, then the same as latin-1.
     path = tmp_path / "refs.p"

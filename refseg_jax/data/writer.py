@@ -185,10 +185,12 @@ def _shards(
             initargs=(plan, out),
         )
         try:
-            futures = [pool.submit(_work, *job) for job in jobs]
-            for future in concurrent.futures.as_completed(futures):
-                bar.update(len(plan.shards[futures.index(future)]))
-            yield from (future.result() for future in futures)
+            numbers = {pool.submit(_work, *job): job[0] for job in jobs}
+            done = {}
+            for future in concurrent.futures.as_completed(numbers):
+                done[numbers[future]] = future.result()
+                bar.update(len(plan.shards[numbers[future]]))
+            yield from (done[k] for k, _ in jobs)
         finally:
             pool.shutdown(cancel_futures=True)
 
