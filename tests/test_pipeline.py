@@ -261,4 +261,7 @@ def test_real_photographs_make_batches(test_data):
     )
     drawn = list(train_iterator(batches))
     assert_same(drawn[2:], train_iterator(batches, 2, workers=2))
+    for image, j in zip(drawn[0]["image"], drawn[0]["index"], strict=True):
+        whole = source.image(source[source.locate(j)[0]])
+        np.testing.assert_array_equal(image, resize_image(whole, 96))
     assert all(batch["mask"].any(axis=(1, 2)).all() for batch in drawn)

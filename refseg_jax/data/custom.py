@@ -8,7 +8,8 @@ JSON lines, one object each, that points at a region and says what people call i
 region is one of `ann_id` (an annotation of that file, or a list of them; [] for expressions that
 fit nothing in the image), `polygon` ([x0, y0, x1, y1, ...] or a list of such, in pixels) or `mask`
 (a picture whose pixels other than 0 are the region, relative to the file of expressions, or a COCO
-run-length code). `split` and `category` may be added.
+run-length code). `split`, `category` and `kinds` (the type of each sentence, such as "place", by
+which scores are listed) may be added.
 
 A plain folder holds the same as files:
 
@@ -21,7 +22,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ from refseg_jax.errors import UserError
 VAL_SHARE = 0.1
 
 _REGIONS = ("ann_id", "polygon", "mask")
-_FIELDS = ("image", "sentences", "split", "category", *_REGIONS)
+_FIELDS = ("image", "sentences", "kinds", "split", "category", *_REGIONS)
 _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _FAULTS_SHOWN = 5
 
@@ -133,6 +134,22 @@ def read_lines(
     return reader.splits(name, val_share, partial, path)
 
 
+def read_entries(
+    entries: Iterable[Mapping[str, Any]],
+    images: str | os.PathLike[str],
+    instances: str | os.PathLike[str],
+    *,
+    name: str,
+    partial: bool = False,
+) -> dict[str, CustomSource]:
+    """The splits of such lines that were never written; for arguments and errors `read_lines`."""
+    path = pathlib.Path(instances)
+    reader = _Reader(pathlib.Path(images), path.parent, path)
+    for number, entry in enumerate(entries, 1):
+        reader.add(f"annotation {entry.get('ann_id')}", number, lambda entry=entry: entry)
+    return reader.splits(name, VAL_SHARE, partial, path)
+
+
 def read_folder(
     root: str | os.PathLike[str],
     *,
@@ -202,12 +219,12 @@ class _Reader:
                 f"cannot be used: {'; '.join(self._faults[:_FAULTS_SHOWN]) or 'there are none'}"
                 f"{more} (mend them, or leave them out with --partial)"
             )
-        held_out = set()
+        val: set[str] = set()
         if not any(item.ref.split for item in self._items):
-            held_out = _held_out({item.image.name for item in self._items}, val_share)
+            val = held_out({item.image.name for item in self._items}, val_share)
         parts: dict[str, list[_Item]] = {}
         for item in self._items:
-            split = item.ref.split or ("val" if item.image.name in held_out else "train")
+            split = item.ref.split or ("val" if item.image.name in val else "train")
             ref = Ref(**{**vars(item.ref), "split": split})
             parts.setdefault(split, []).append(item._replace(ref=ref))
         sources = {s: CustomSource(name, s, self._images, items) for s, items in parts.items()}
@@ -218,23 +235,23 @@ class _Reader:
         unknown = [field for field in entry if field not in _FIELDS]
         if unknown:
             raise UserError(f"unknown field {unknown[0]!r}, known are {', '.join(_FIELDS)}")
-        kinds = [field for field in _REGIONS if field in entry]
-        if len(kinds) != 1:
-            raise UserError(f"it has {len(kinds)} of {', '.join(_REGIONS)}, one is needed")
+        given = [field for field in _REGIONS if field in entry]
+        if len(given) != 1:
+            raise UserError(f"it has {len(given)} of {', '.join(_REGIONS)}, one is needed")
         image_id, record = self._record(entry.get("image"))
         split, category = (_text(entry, field) for field in ("split", "category"))
-        value, ann_ids = entry[kinds[0]], (number,)
-        if kinds == ["ann_id"]:
+        value, ann_ids = entry[given[0]], (number,)
+        if given == ["ann_id"]:
             ann_ids = tuple(value) if isinstance(value, list) else (value,)
             region, shared = self._annotations(ann_ids, image_id)
             category = category or shared
-        elif kinds == ["mask"] and isinstance(value, str):
+        elif given == ["mask"] and isinstance(value, str):
             region = _inside(self._masks, value, "mask")
         else:
             flat = isinstance(value, list) and not any(isinstance(part, list) for part in value)
             region = rle.drawable([value] if flat else value)
         if ann_ids and not region:
-            raise UserError(f"its {kinds[0]} encloses nothing")
+            raise UserError(f"its {given[0]} encloses nothing")
         if record:
             image = ImageFile(record["file_name"], record["height"], record["width"])
             _inside(self._images, image.name, "image")
@@ -250,9 +267,14 @@ class _Reader:
         said = entry.get("sentences")
         if not (isinstance(said, list) and said and all(isinstance(text, str) for text in said)):
             raise UserError("its 'sentences' are not a list of one or more texts")
+        kinds = entry.get("kinds", [""] * len(said))
+        if not (isinstance(kinds, list) and len(kinds) == len(said)) or not all(
+            isinstance(kind, str) for kind in kinds
+        ):
+            raise UserError("its 'kinds' are not a list of one text per sentence")
         sentences = tuple(
-            Sentence(annotations.clean_text(text, f"sentence {k + 1}"), 1000 * number + k)
-            for k, text in enumerate(said)
+            Sentence(annotations.clean_text(text, f"sentence {k + 1}"), 1000 * number + k, kind)
+            for k, (text, kind) in enumerate(zip(said, kinds, strict=True))
         )
         ref = Ref(number, image_id, ann_ids, category, split, sentences)
         return _Item(where, ref, image, region)
@@ -357,7 +379,7 @@ def _read_mask(path: pathlib.Path) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1).any(axis=2)
 
 
-def _held_out(names: set[str], share: float) -> set[str]:
+def held_out(names: Collection[str], share: float) -> set[str]:
     """That share of the names, by their hashes; neither none nor all of them."""
     ranked = sorted(
         names, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest()

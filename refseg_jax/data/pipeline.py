@@ -22,9 +22,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from refseg_jax.data.records import Source
+from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.data.transforms import resize_image, resize_mask
+from refseg_jax.data.transforms import read_resized, resize_image, resize_mask
 from refseg_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -63,6 +63,16 @@ class _Batches:
         first = k * self.batch_size + self.process_index * rows
         return range(first, first + rows)
 
+    def _picture(self, ref: Ref) -> np.ndarray:
+        """uint8 [S, S, 3]; straight from the encoded picture where the source has it."""
+        source, size = self.source, self.image_size
+        if hasattr(source, "image_bytes"):
+            file = source.image_file(ref)
+            found = read_resized(source.image_bytes(ref), (file.height, file.width), size)
+            if found is not None:
+                return found
+        return resize_image(source.image(ref), size)
+
     def _load(self, sentences: Sequence[int], texts: Sequence[int]) -> Batch:
         """Image and mask of `sentences`, words of `texts` (sentence numbers); -1 pads."""
         rows, size = len(sentences), self.image_size
@@ -78,7 +88,7 @@ class _Batches:
             ref = self.source[self.source.locate(sentences[row])[0]]
             text_ref, which = self.source.locate(texts[row])
             text = self.source[text_ref].sentences[which].text
-            batch["image"][row] = resize_image(self.source.image(ref), size)
+            batch["image"][row] = self._picture(ref)
             batch["mask"][row] = resize_mask(self.source.mask(ref), size)
             batch["tokens"][row], batch["token_mask"][row], _ = _encode(
                 self.tokenizer, text, self.max_tokens

@@ -4,6 +4,7 @@ python -m refseg_jax.data.prepare refer --root /data/refer --dataset refcoco --s
 python -m refseg_jax.data.prepare merged --root /data/refer --out D
 python -m refseg_jax.data.prepare tfds --root tensorflow_datasets/ref_coco/refcoco_unc/1.1.0 --out D
 python -m refseg_jax.data.prepare coco --images I --expressions E.jsonl [--instances J] --out D
+python -m refseg_jax.data.prepare coco --images I --instances J --out D
 python -m refseg_jax.data.prepare folder --root MY_PHOTOS --out D
 
 The same command again goes on where a killed one stopped, and verifies what is there.
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from refseg_jax.data import custom, refer, sets
+from refseg_jax.data import custom, expressions, refer, sets
 from refseg_jax.data.files import sha256
 from refseg_jax.data.records import FileSource
 from refseg_jax.data.shards import MANIFEST
@@ -78,17 +79,28 @@ def open_tfds(args: argparse.Namespace) -> Plan:
 
 
 def open_coco(args: argparse.Namespace) -> Plan:
-    """Someone's own photos with a JSON-lines file of expressions."""
-    sources = custom.read_lines(
-        args.expressions, args.images, args.instances,
-        name=args.name, val_share=args.val_share, partial=args.partial,
-    )  # fmt: skip
+    """Someone's own photos with a JSON-lines file of expressions, or with generated ones."""
+    if args.expressions:
+        sources = custom.read_lines(
+            args.expressions, args.images, args.instances,
+            name=args.name, val_share=args.val_share, partial=args.partial,
+        )  # fmt: skip
+    elif args.instances:
+        generator = expressions.Generator(args.instances)
+        lines = generator.entries(args.val_share)
+        _say(f"expressions generated: {json.dumps(generator.report())}")
+        sources = custom.read_entries(
+            lines, args.images, args.instances, name=args.name, partial=args.partial
+        )
+    else:
+        raise UserError("give --expressions, or --instances to have some generated")
     files = [pathlib.Path(path) for path in (args.expressions, args.instances) if path]
     about = {
         "source": {
             "kind": "coco",
             "files": {path.name: sha256(path) for path in files},
             "regions": _fingerprints(sources),
+            **({} if args.expressions else {"expressions": "generated"}),
         },
         "licence": args.licence or _OWN_LICENCE,
     }
@@ -248,7 +260,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         sub = kind(name, function)
         if name == "coco":
             sub.add_argument("--images", required=True, help="folder with the images")
-            sub.add_argument("--expressions", required=True, help="JSON lines, see docs/data.md")
+            sub.add_argument(
+                "--expressions", help="JSON lines, see docs/data.md (default: generated ones)"
+            )
             sub.add_argument("--instances", help="COCO file that ann_id refers to")
         else:
             sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")

@@ -1,7 +1,7 @@
-"""Masks as pycocotools' run-length codes, checked before pycocotools sees them.
+"""Masks as pycocotools' run-length codes, and polygons, checked before pycocotools sees them.
 
 Its C code trusts what it is given: a code that does not fit its image, or a polygon far outside
-of it, writes over memory that is not its own.
+of it, writes over memory that is not its own. Codes are decoded here, which is faster as well.
 """
 
 import numpy as np
@@ -35,11 +35,14 @@ def decode_parts(parts: list[list | dict], height: int, width: int) -> np.ndarra
       ValueError: a part is damaged or does not fit the image.
     """
     check_size(height, width)
+    masks = np.empty((len(parts), width, height), bool)
     try:
-        codes = [_run_lengths(part, height, width) for part in parts]
+        for mask, part in zip(masks, parts, strict=True):
+            runs = _run_lengths(part, height, width)
+            mask.ravel()[:] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    return coco_mask.decode(codes).astype(bool)
+    return masks.transpose(2, 1, 0)
 
 
 def check_size(height: int, width: int) -> None:
@@ -48,8 +51,8 @@ def check_size(height: int, width: int) -> None:
         raise ValueError(f"an image of {height} x {width} pixels cannot be")
 
 
-def _run_lengths(part: list | dict, height: int, width: int) -> dict:
-    """One polygon or run-length code -> pycocotools' compressed code."""
+def _run_lengths(part: list | dict, height: int, width: int) -> np.ndarray | list[int]:
+    """One polygon or run-length code -> lengths of its runs, which cover the image."""
     if isinstance(part, list):
         points = np.asarray(part, np.float64)
         # Annotators slip over the edge by a little; the time and memory of a line grow with it.
@@ -58,22 +61,19 @@ def _run_lengths(part: list | dict, height: int, width: int) -> dict:
             raise ValueError("a polygon that is no list of three or more points x, y")
         if not (np.abs(points) <= reach).all():
             raise ValueError("a polygon that lies outside its image")
-        return coco_mask.frPyObjects([points.tolist()], height, width)[0]
+        return _uncompressed(coco_mask.frPyObjects([points.tolist()], height, width)[0]["counts"])
     if not isinstance(part, dict):
         raise ValueError(f"{part!r:.40} is neither a polygon nor a run-length code")
     size, counts = tuple(part["size"]), part["counts"]
     if size != (height, width):
         raise ValueError(f"a run-length code of size {size} on an image of {(height, width)}")
-    compressed = not isinstance(counts, list)
-    if compressed:
-        counts = counts.encode() if isinstance(counts, str) else counts
-        runs = _uncompressed(counts).tolist()
-    else:
+    if isinstance(counts, list):
         runs = counts
+    else:
+        runs = _uncompressed(counts.encode() if isinstance(counts, str) else counts).tolist()
     if not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != height * width:
         raise ValueError("a run-length code that does not cover its image")
-    code = {"size": [height, width], "counts": counts}
-    return code if compressed else coco_mask.frPyObjects(code, height, width)
+    return runs
 
 
 def _uncompressed(counts: bytes) -> np.ndarray:
