@@ -52,7 +52,7 @@ def explain(
 
     @jax.jit
     def look(variables, images, tokens, token_mask):
-        images = transforms.normalize(images)
+        images = transforms.normalize_for(model, images)
         return model.apply(variables, images, tokens, token_mask, details=True)["details"]
 
     details = jax.device_get(look(variables, images, tokens, token_mask))
@@ -80,15 +80,10 @@ def strips(details: Mapping[str, Any], pieces: Sequence[str], image: np.ndarray)
         return drawn(1 / (1 + np.exp(-np.clip(logits, -30, 30))))
 
     result = []
-    if details.get("word_attention"):
-        # Each stage counts the same, whatever the size of its map.
-        stages = [x / x.max((1, 2), keepdims=True) for x in details["word_attention"]]
-        maps = [
-            np.mean([transforms.resize_map(stage[t], *size) for stage in stages], axis=0)
-            for t in range(1, len(pieces) + 1)
-        ]
+    for i, attention in enumerate(details.get("word_attention", ()), 1):
+        maps = (x / x.max() for x in attention[1 : len(pieces) + 1])
         words = tuple((word, drawn(x)) for word, x in zip(pieces, maps, strict=True))
-        result.append(Strip("What each word attends to, averaged over the stages", words))
+        result.append(Strip(f"What each word attends to, alignment {i}", words))
     if "proposals" in details:
         weights = details["proposal_weights"]
         ranking = np.argsort(-weights)

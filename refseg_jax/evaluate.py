@@ -6,6 +6,8 @@ Two protocols are in use and their scores differ, so every result names its own:
   the mask as annotated (CRIS);
 * `input`: the comparison is made at the model's input size, with the mask resized by nearest
   neighbour (LAVT, CrossVLT).
+
+Where some expressions of a split fit nothing (gRefCOCO), its scores are the generalized ones.
 """
 
 import dataclasses
@@ -29,11 +31,13 @@ from refseg_jax.data.pipeline import Batch, EvalBatches, train_iterator
 from refseg_jax.data.records import Sentence, Source
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
-from refseg_jax.metrics import NAMES, Counts, overlap
+from refseg_jax.metrics import Counts, overlap
 from refseg_jax.predict import INPUTS, PredictFn
 
 PROTOCOLS = ("original", "input")
 CASES = ("best", "worst", "middle")
+# What one line says of a result, by whether it is generalized; checkpoints are chosen by the first.
+HEADLINES = {False: ("mIoU", "oIoU"), True: ("gIoU", "cIoU", "N-acc", "T-acc")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Result:
       truncated: how many expressions were longer than the model reads.
       shuffled: each image was given another one's expression (the control).
       examples: cases to look at, from this process's share of the sentences.
+      generalized: some expressions of the split fit nothing, hence gRefCOCO's scores.
+      no_target_area: a prediction of fewer pixels counted as empty.
     """
 
     name: str
@@ -79,6 +85,8 @@ class Result:
     counts: Counts
     kinds: tuple[str, ...]
     examples: tuple[Example, ...] = ()
+    generalized: bool = False
+    no_target_area: int = 0
 
     @property
     def sentences(self) -> int:
@@ -86,8 +94,27 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """oIoU, mIoU, P@0.5 .. P@0.9, in 0 .. 1."""
-        return self.counts.metrics()
+        """Scores by name in 0 .. 1, see `Counts.metrics`."""
+        return self.counts.metrics(self.generalized)
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The few scores that sum it up, that which checkpoints are chosen by first.
+
+        Those are left out that are about no sentence of it.
+        """
+        scores = self.metrics
+        names = HEADLINES[self.generalized]
+        return {name: scores[name] for name in names if not math.isnan(scores[name])}
+
+    @property
+    def score(self) -> float:
+        """What checkpoints are chosen by: mIoU or gIoU."""
+        return self.metrics[self.score_name]
+
+    @property
+    def score_name(self) -> str:
+        return HEADLINES[self.generalized][0]
 
     @property
     def by_kind(self) -> dict[str, Counts]:
@@ -134,6 +161,7 @@ def evaluate(
     batch_size: int,
     protocol: str = "original",
     threshold: float = 0.5,
+    no_target_area: int = 0,
     shuffle_text: bool = False,
     limit: int | None = None,
     keep_examples: int = 0,
@@ -155,6 +183,8 @@ def evaluate(
       batch_size: sentences per step, over all processes.
       protocol: "original" or "input", see the head of this file.
       threshold: a pixel is foreground if its probability is above this.
+      no_target_area: a prediction of fewer pixels, where the comparison is made, is taken as
+        empty (gRefCOCO: 50); 0: every pixel counts.
       shuffle_text: give each image another one's expression (the control).
       limit: score only about that many sentences: whole batches, evenly spread; None or 0: all.
       keep_examples: how many examples to keep of each case: best, worst, middle. None are kept
@@ -200,19 +230,21 @@ def evaluate(
             for j, truth, values in zip(
                 batch["index"].tolist(), batch["mask"], probability, strict=True
             ):
-                rows.append((j, 0, 0))
+                rows.append((j, 0, 0, 0, 0))
                 if j < 0:
                     continue
+                ref = source[source.locate(j)[0]]
                 if protocol == "original":
-                    truth = source.mask(source[source.locate(j)[0]])
+                    truth = source.mask(ref)
                     values = transforms.resize_map(values, *truth.shape)
                 mask = values > threshold
-                rows[-1] = (j, *overlap(mask, truth))
+                mask &= mask.sum() >= no_target_area
+                rows[-1] = (j, *overlap(mask, truth), mask.sum(), bool(ref.ann_ids))
                 if keep_examples:
                     kept[j] = zlib.compress(np.packbits(mask), 1)
             bar.update()
 
-    counts = Counts.from_rows(_gather(np.asarray(rows, np.int32).reshape(-1, 3)))
+    counts = Counts.from_rows(_gather(np.asarray(rows, np.int32).reshape(-1, 5)))
     sentences = [sentence(source, j) for j in counts.index.tolist()]
     result = Result(
         name=source.name,
@@ -225,6 +257,9 @@ def evaluate(
         counts=counts,
         kinds=tuple(s.kind for s in sentences),
         examples=tuple(_examples(source, counts, kept, keep_examples, protocol, image_size)),
+        # Of the whole split, so that a part of it has the same scores.
+        generalized=any(not source[i].ann_ids for i in range(len(source))),
+        no_target_area=no_target_area,
     )
     if first_process and verbose:
         tqdm.write(_summary(label, result), file=sys.stderr)
@@ -244,10 +279,10 @@ def _predictions(predict_fn, variables, batches, put, get) -> Iterator[tuple[dic
 
 
 def _gather(rows: np.ndarray) -> np.ndarray:
-    """int32 [n, 3] of this process -> those of all. n is the same on all: batches are padded."""
+    """int32 [n, 5] of this process -> those of all. n is the same on all: batches are padded."""
     if jax.process_count() == 1:
         return rows
-    return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, 3)
+    return np.asarray(multihost_utils.process_allgather(rows)).reshape(-1, rows.shape[1])
 
 
 def _examples(
@@ -258,7 +293,10 @@ def _examples(
     protocol: str,
     image_size: int,
 ) -> Iterator[Example]:
-    """Best, worst, and random ones from between the quartiles, of different images if possible."""
+    """Best, worst, and random ones from between the quartiles, of different images if possible.
+
+    The best have a target: a prediction that is rightly empty shows nothing.
+    """
     at_hand = counts.select(np.isin(counts.index, list(kept)))
     # Ties (many sentences score 0) are broken at random, the same way every time.
     order = np.random.default_rng(0).permutation(len(at_hand))
@@ -266,7 +304,8 @@ def _examples(
     quarter = len(order) // 4
     middle = np.random.default_rng(1).permutation(order[quarter : len(order) - quarter])
     taken, seen = set(), set()
-    for case, ranking in zip(CASES, (order[::-1], order, middle), strict=True):
+    best = order[::-1][at_hand.target[order[::-1]] == 1]
+    for case, ranking in zip(CASES, (best, order, middle), strict=True):
         picked = []
         for repeat_images in (False, True):
             for position in ranking:
@@ -292,12 +331,21 @@ def _examples(
 
 
 def _summary(label: str, result: Result) -> str:
-    scores = result.metrics
     text = (
         f"{label}: {result.sentences} sentences in {result.seconds:.1f} s, "
-        f"mIoU {scores['mIoU']:.4f}, oIoU {scores['oIoU']:.4f} ({result.protocol} size)"
+        f"{spell(result.headline)} ({result.protocol} size)"
     )
     return text + (f", {result.truncated} expressions truncated" if result.truncated else "")
+
+
+def spell(scores: Mapping[str, float]) -> str:
+    """{"mIoU": 0.62134, ...} -> "mIoU 0.6213, ..."."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+def columns(results: Mapping[str, Result]) -> tuple[str, ...]:
+    """Names of all scores that the results have."""
+    return tuple(dict.fromkeys(name for result in results.values() for name in result.metrics))
 
 
 def table_rows(results: Mapping[str, Result]) -> Iterator[tuple[str, str, int, dict[str, float]]]:
@@ -305,20 +353,21 @@ def table_rows(results: Mapping[str, Result]) -> Iterator[tuple[str, str, int, d
     for split, result in results.items():
         yield split, "", result.sentences, result.metrics
         for kind, counts in result.by_kind.items():
-            yield split, kind, len(counts), counts.metrics()
+            yield split, kind, len(counts), counts.metrics(result.generalized)
 
 
-def percent(value: float) -> str:
+def percent(value: float | None) -> str:
     """0.6213 -> "62.13"; no number -> "-"."""
-    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
 def format_table(results: Mapping[str, Result]) -> str:
     """Plain-text table, scores in percent: one row per split, its kinds of expression beneath."""
-    lines = [("split", "sentences", *NAMES)]
+    names = columns(results)
+    lines = [("split", "sentences", *names)]
     for split, kind, count, scores in table_rows(results):
         label = f"  {kind}" if kind else split
-        lines.append((label, str(count), *(percent(scores[name]) for name in NAMES)))
+        lines.append((label, str(count), *(percent(scores.get(name)) for name in names)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -334,7 +383,8 @@ def to_json(result: Result) -> dict[str, Any]:
 
     def scores(counts: Counts) -> dict[str, Any]:
         # JSON has no NaN.
-        values = {k: None if math.isnan(v) else v for k, v in counts.metrics().items()}
+        metrics = counts.metrics(result.generalized)
+        values = {k: None if math.isnan(v) else v for k, v in metrics.items()}
         return {"sentences": len(counts), **values}
 
     return {
@@ -342,6 +392,7 @@ def to_json(result: Result) -> dict[str, Any]:
         "split": result.split,
         "protocol": result.protocol,
         "threshold": result.threshold,
+        **({"no_target_area": result.no_target_area} if result.generalized else {}),
         "shuffled": result.shuffled,
         "truncated": result.truncated,
         "seconds": round(result.seconds, 2),

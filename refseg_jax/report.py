@@ -1,82 +1,19 @@
 """One self-contained HTML file about a run: scores, learning curves, pictures, config."""
 
-import base64
-import html
-import io
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from refseg_jax import metrics, pictures
+from refseg_jax import page, pictures
 from refseg_jax.details import Strip
-from refseg_jax.evaluate import CASES, Example, Result, percent, table_rows
+from refseg_jax.evaluate import CASES, HEADLINES, Example, Result, columns, percent, table_rows
 
 PICTURE_SIDE = 256  # px; two per example
 CURVE_POINTS = 400  # a longer curve is averaged down to this many
 HEADINGS = {"best": "Best", "worst": "Worst", "middle": "From the middle, at random"}
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #5d6778; --line: #dfe3ea;
-  --page: #f6f7f9; --card: #ffffff; --first: #2563c9; --second: #d9730d; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b5; --line: #313947;
-  --page: #14181f; --card: #1c222c; --first: #6aa5ff; --second: #ffa657; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 24px 20px 60px; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 26px; line-height: 1.25; margin: 8px 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 36px 0 12px; }
-h3 { font-size: 14px; margin: 20px 0 8px; color: var(--soft); font-weight: 600; }
-p { margin: 6px 0 12px; max-width: 78ch; }
-.soft { color: var(--soft); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tiles { display: grid; gap: 12px; margin-top: 18px;
-  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
-.tile { padding: 12px 16px; }
-.tile b { display: block; font-size: 28px; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 14px; text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; font-size: 13px; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
-tr.split td { font-weight: 600; border-top: 1px solid var(--line); }
-tr.kind td { color: var(--soft); padding-top: 2px; padding-bottom: 2px; }
-tr.kind td:first-child { padding-left: 30px; }
-@media (max-width: 600px) { th, td { padding: 6px 8px; }
-  td:first-child { white-space: normal; } tr.kind td:first-child { padding-left: 16px; } }
-.curves { display: grid; gap: 14px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); }
-figure { margin: 0; padding: 12px; }
-figcaption { font-size: 13px; color: var(--soft); }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
-svg .grid { stroke: var(--line); } svg path { fill: none; stroke-width: 2; }
-svg .c0 { stroke: var(--first); } svg .c1 { stroke: var(--second); }
-svg .raw { stroke-width: 1; opacity: .35; } svg .dot { fill: var(--card); stroke-width: 2; }
-.key i { display: inline-block; width: 18px; height: 3px; margin: 0 6px 3px 14px;
-  border-radius: 2px; }
-.key i.c0 { background: var(--first); } .key i.c1 { background: var(--second); }
-.examples { display: grid; gap: 14px; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-.example { overflow: hidden; padding: 0; display: flex; flex-direction: column; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; align-items: center;
-  background: #0b0e13; flex: 1; }
-.pair img { display: block; width: 100%; max-height: 260px; object-fit: contain; }
-.example figcaption { padding: 9px 12px; display: flex; gap: 10px; justify-content: space-between;
-  color: var(--ink); } .example q { overflow-wrap: anywhere; }
-.example .score { text-align: right; white-space: nowrap; color: var(--soft); }
-.example .score b { color: var(--ink); }
-.explained { padding: 6px 16px 14px; margin-bottom: 14px; }
-.strip { display: flex; flex-wrap: wrap; gap: 8px; }
-.strip figure { padding: 0; } .strip img { display: block; } .strip figcaption { max-width: 128px; }
-details { padding: 10px 16px; } summary { cursor: pointer; }
-pre { overflow-x: auto; font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; }
-"""
 
 
 def write_report(
@@ -96,11 +33,10 @@ def write_report(
       config_text: the run's config, shown folded at the end.
       results: split name -> result. Pictures come from each result's `examples`.
       curves: rows of the run's metrics file: training rows with `step` and `loss`, evaluation
-        rows with `step` and `val/mIoU`.
+        rows with `step` and `val/mIoU` (or `val/gIoU`).
       explained: examples with what the model saw in them.
     """
     sections = [
-        f"<h1>{_text(title)}</h1>",
         _protocol(results),
         _tiles(results),
         "<h2>Scores in percent</h2>",
@@ -110,19 +46,10 @@ def write_report(
         *(_gallery(split, result) for split, result in results.items() if result.examples),
         _explanations(list(explained)),
         "<h2>Config</h2>",
-        f'<details class="card"><summary>Show</summary><pre>{_text(config_text)}</pre></details>',
+        '<details class="card"><summary>Show</summary>'
+        f"<pre>{page.text(config_text)}</pre></details>",
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body>{''.join(sections)}</body></html>\n"
-    )
-    pathlib.Path(path).write_text(page, encoding="utf-8")
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    page.write(path, title, sections)
 
 
 def _protocol(results: Mapping[str, Result]) -> str:
@@ -130,25 +57,32 @@ def _protocol(results: Mapping[str, Result]) -> str:
         "original": "at each image's original size",
         "input": "at the model's input size (truth resized by nearest neighbour)",
     }
-    settings = sorted({(r.protocol, r.threshold) for r in results.values()})
+    settings = sorted({(r.protocol, r.threshold, r.no_target_area) for r in results.values()})
     text = "; ".join(
-        f"protocol <b>{_text(name)}</b>: masks compared {where[name]}, threshold {threshold:g}"
-        for name, threshold in settings
+        f"protocol <b>{page.text(name)}</b>: masks compared {where[name]}, threshold {threshold:g}"
+        + (f", predictions of fewer than {area} pixels taken as empty" if area else "")
+        for name, threshold, area in settings
     )
+    if any(r.generalized for r in results.values()):
+        text += (
+            ". Some expressions fit nothing: there an empty prediction has IoU 1, any other 0. "
+            "N-acc is the share of them whose prediction is empty, T-acc the share of the others "
+            "whose prediction is not; P@X is over these others"
+        )
     cut = sum(r.truncated for r in results.values() if not r.shuffled)
     note = f" {cut} expressions were longer than the model reads and were cut." if cut else ""
     return f'<p class="soft">{text}. Every sentence of every referred object counts.{note}</p>'
 
 
 def _tiles(results: Mapping[str, Result]) -> str:
-    """mIoU of each split; beside the shuffled control, how many times the real score exceeds it."""
+    """The score of each split; by the shuffled control, how many times the real one exceeds it."""
     tiles = []
     for split, result in results.items():
-        label, score = "", result.metrics["mIoU"]
+        label, score = "", result.score
         if result.shuffled:
             label = " with expressions shuffled among images"
             real = [
-                r.metrics["mIoU"]
+                r.score
                 for r in results.values()
                 if not r.shuffled and (r.name, r.split) == (result.name, result.split)
             ]
@@ -156,34 +90,34 @@ def _tiles(results: Mapping[str, Result]) -> str:
                 label += f": the real ones score {real[0] / score:.1f} times as high"
         name = f"{result.split}{label}" if result.shuffled else split
         tiles.append(
-            f'<div class="tile card"><b>{percent(score)}</b><span>mIoU, {_text(name)}</span></div>'
+            f'<div class="tile card"><b>{percent(score)}</b>'
+            f"<span>{result.score_name}, {page.text(name)}</span></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
 def _table(results: Mapping[str, Result]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("split", "sentences", *metrics.NAMES))
-    body = []
+    names = columns(results)
+    rows = []
     for split, kind, count, scores in table_rows(results):
-        cells = (kind or split, count, *(percent(scores[name]) for name in metrics.NAMES))
-        row = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
-        body.append(f'<tr class="{"kind" if kind else "split"}">{row}</tr>')
-    return (
-        '<div class="card scroll"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+        cells = (kind or split, count, *(percent(scores.get(name)) for name in names))
+        rows.append(("kind" if kind else "split", cells))
+    return page.table(("split", "sentences", *names), rows)
 
 
 def _curves(rows: list[Mapping[str, Any]]) -> str:
     loss = _thin(_series(rows, "loss"))
-    names = {name for row in rows for name in row if name.endswith(("/mIoU", "/oIoU"))}
+    shown = tuple(f"/{name}" for names in HEADLINES.values() for name in names[:2])
+    names = {name for row in rows for name in row if name.endswith(shown)}
     plots = []
     if len(loss):
         lines = [("raw c0", loss)] if len(loss) < 8 else [("raw c0", loss), ("c0", _smooth(loss))]
         plots.append(_plot("Training loss", "loss", lines, dots=False))
     if names:
         lines = [(f"c{i}", _series(rows, name)) for i, name in enumerate(sorted(names))]
-        key = "".join(f'<i class="c{i}"></i>{_text(name)}' for i, name in enumerate(sorted(names)))
+        key = "".join(
+            f'<i class="c{i}"></i>{page.text(name)}' for i, name in enumerate(sorted(names))
+        )
         plots.append(_plot(f'Validation <span class="key">{key}</span>', "IoU", lines, dots=True))
     if not plots:
         return '<p class="soft">No curve was recorded.</p>'
@@ -253,7 +187,7 @@ def _plot(caption: str, y_label: str, lines: list[tuple[str, np.ndarray]], dots:
     parts.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">step</text>'
         f'<text x="12" y="{middle}" text-anchor="middle" '
-        f'transform="rotate(-90 12 {middle})">{_text(y_label)}</text>'
+        f'transform="rotate(-90 12 {middle})">{page.text(y_label)}</text>'
     )
     for style, points in lines:
         at = [(x_at(x), y_at(y)) for x, y in points]
@@ -265,13 +199,13 @@ def _plot(caption: str, y_label: str, lines: list[tuple[str, np.ndarray]], dots:
             ]
     return (
         f'<figure class="card"><figcaption>{caption}</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(y_label)} by step">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{page.text(y_label)} by step">'
         f"{''.join(parts)}</svg></figure>"
     )
 
 
 def _gallery(split: str, result: Result) -> str:
-    parts = [f"<h2>{_text(split)}: examples</h2>", _legend()]
+    parts = [f"<h2>{page.text(split)}: examples</h2>", _legend()]
     for case in CASES:
         figures = [_example(e) for e in result.examples if e.case == case]
         if figures:
@@ -293,16 +227,17 @@ def _example(example: Example) -> str:
     image = pictures.fit(example.image, PICTURE_SIDE)
     truth, prediction = (pictures.fit(m, PICTURE_SIDE) for m in (example.truth, example.prediction))
     images = "".join(
-        f'<img alt="{name}" src="{_data_uri(picture)}">'
+        f'<img alt="{name}" src="{page.data_uri(picture)}">'
         for name, picture in (
             ("truth", pictures.outline(image, truth, pictures.TRUTH_COLOR)),
             ("prediction", pictures.overlay(image, prediction)),
         )
     )
-    kind = f"<br>{_text(example.kind)}" if example.kind else ""
+    notes = (example.kind, "" if example.truth.any() else "no target")
+    kind = "".join(f"<br>{page.text(note)}" for note in notes if note)
     return (
         f'<figure class="example card"><div class="pair">{images}</div><figcaption>'
-        f"<q>{_text(example.text)}</q>"
+        f"<q>{page.text(example.text)}</q>"
         f'<span class="score">IoU <b>{percent(example.iou)}</b>{kind}</span></figcaption></figure>'
     )
 
@@ -312,19 +247,13 @@ def _explanations(explained: list[tuple[Example, Iterable[Strip]]]) -> str:
         return ""
     cards = []
     for example, strips in explained:
-        rows = [f"<q>{_text(example.text)}</q> IoU <b>{percent(example.iou)}</b>"]
+        rows = [f"<q>{page.text(example.text)}</q> IoU <b>{percent(example.iou)}</b>"]
         for strip in strips:
             figures = "".join(
-                f'<figure><img alt="{_text(caption)}" src="{_data_uri(picture)}">'
-                f"<figcaption>{_text(caption)}</figcaption></figure>"
+                f'<figure><img alt="{page.text(caption)}" src="{page.data_uri(picture)}">'
+                f"<figcaption>{page.text(caption)}</figcaption></figure>"
                 for caption, picture in strip.pictures
             )
-            rows.append(f'<h3>{_text(strip.heading)}</h3><div class="strip">{figures}</div>')
+            rows.append(f'<h3>{page.text(strip.heading)}</h3><div class="strip">{figures}</div>')
         cards.append(f'<div class="card explained">{"".join(rows)}</div>')
     return f"<h2>On the way to a mask</h2>{''.join(cards)}"
-
-
-def _data_uri(picture: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

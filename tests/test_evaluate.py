@@ -19,8 +19,9 @@ from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.data.transforms import resize_mask
 from refseg_jax.errors import UserError
 from refseg_jax.evaluate import PROTOCOLS, evaluate, format_table, write_json
-from refseg_jax.metrics import NAMES, Counts, overlap
+from refseg_jax.metrics import Counts, overlap
 from refseg_jax.predict import make_predict_step
+from tests.test_refer import small_set, write
 
 SIZE = 16
 TOKENIZER = Tokenizer.from_words(["left", "right", "the", "thing"])
@@ -28,9 +29,13 @@ TOKENIZER = Tokenizer.from_words(["left", "right", "the", "thing"])
 
 @dataclasses.dataclass(frozen=True)
 class Halves:
-    """Refs whose object, painted red, is the left or the right half; two sentences each."""
+    """Refs whose object, painted red, is the left or the right half; two sentences each.
+
+    Every `missing`-th ref has no object.
+    """
 
     num_refs: int = 5
+    missing: int = 1000
     name: str = "halves"
     split: str = "val"
 
@@ -50,7 +55,8 @@ class Halves:
             Sentence(side, 2 * i, "short"),
             Sentence(f"the {side} thing", 2 * i + 1, "long"),
         )
-        return Ref(i, i, (i,), "half", self.split, sentences)
+        ann_ids = () if (i + 1) % self.missing == 0 else (i,)
+        return Ref(i, i, ann_ids, "half", self.split, sentences)
 
     def image(self, ref):
         red = self.mask(ref) * np.uint8(255)
@@ -58,7 +64,8 @@ class Halves:
 
     def mask(self, ref):
         width = 20 + 2 * ref.ref_id  # every image has its own size
-        return np.broadcast_to((np.arange(width) >= width // 2) == ref.ref_id % 2, (24, width))
+        half = (np.arange(width) >= width // 2) == ref.ref_id % 2
+        return np.broadcast_to(half & bool(ref.ann_ids), (24, width))
 
 
 class Seeing(nn.Module):
@@ -108,7 +115,8 @@ def test_a_model_and_both_protocols_against_a_plain_loop():
             truth = source.mask(ref)
             if protocol == "input":
                 truth = resize_mask(truth, SIZE)
-            rows.append((j, *overlap(truth, truth)))  # the border lies in the middle at each size
+            # The border lies in the middle at each size.
+            rows.append((j, *overlap(truth, truth), truth.sum(), 1))
         expected = Counts.from_rows(rows)
         result = sweep(step, source, variables, protocol=protocol)
         assert result.protocol == protocol
@@ -172,7 +180,8 @@ def test_table_and_json(tmp_path):
     results = {"val": sweep(reading), "control": sweep(reading, shuffle_text=True)}
     lines = format_table(results).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].split() == ["split", "sentences", *NAMES]
+    precision = ["P@0.5", "P@0.6", "P@0.7", "P@0.8", "P@0.9"]
+    assert lines[0].split() == ["split", "sentences", "oIoU", "mIoU", *precision]
     assert lines[1].split() == ["val", "10", *["100.00"] * 7]
     assert lines[2].split()[:2] == ["long", "5"]
     write_json(tmp_path / "r.json", results, steps=3)
@@ -180,6 +189,92 @@ def test_table_and_json(tmp_path):
     assert stored["steps"] == 3
     assert stored["results"]["val"]["mIoU"] == 1 and stored["results"]["control"]["shuffled"]
     assert stored["results"]["val"]["by_kind"]["short"]["sentences"] == 5
+    assert not {"gIoU", "no_target_area"} & set(stored["results"]["val"])
+
+
+@pytest.fixture(scope="module")
+def grefcoco(tmp_path_factory):
+    """A tiny gRefCOCO: one target, two, none (two sentences), and a target of few pixels."""
+    refs, instances = small_set()
+    instances["annotations"][2]["segmentation"] = [[4, 4, 6, 4, 6, 7, 4, 7]]  # 6 pixels.
+    for ref, ann_id in zip(refs, ([100], [-1], [102], [100, 101]), strict=True):
+        ref |= {"ann_id": ann_id, "category_id": [1], "split": "val"}
+    root = write(tmp_path_factory.mktemp("root"), refs, instances)
+    (root / "mine").rename(root / "grefcoco")
+    (root / "grefcoco" / "refs(unc).json").rename(root / "grefcoco" / "grefs(unc).json")
+    return ReferSource(root, "grefcoco", "unc", "val")
+
+
+def drawing(source, bar):
+    """A predict function that draws the truth, and where there is none `bar` pixels in a row."""
+    order = iter(range(source.num_sentences))
+
+    def predict(variables, batch):
+        drawn = np.zeros((len(batch["image"]), 60, 60), np.float32)
+        for row, j in zip(drawn, order, strict=False):
+            mask = source.mask(source[source.locate(j)[0]])
+            mask[0, :bar] |= not mask.any()
+            row[:] = resize_mask(mask, 60)
+        return jnp.asarray(drawn)
+
+    return predict
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_gref_split_from_end_to_end(grefcoco, tmp_path, protocol):
+    def scored(bar, no_target_area, **options):
+        # At the input's size, 60 x 60, every pixel of the 20 x 30 counts six times.
+        area = no_target_area * (6 if protocol == "input" else 1)
+        return sweep(
+            drawing(grefcoco, bar), grefcoco, image_size=60, protocol=protocol,
+            no_target_area=area, **options,
+        )  # fmt: skip
+
+    off = scored(5, 0, keep_examples=1)
+    assert off.generalized and off.sentences == 6
+    np.testing.assert_array_equal(off.counts.target, [1, 0, 0, 1, 1, 1])
+    # Sentences 1 and 2 have no target, and a bar is predicted.
+    assert off.metrics["N-acc"] == 0 and off.metrics["T-acc"] == off.metrics["P@0.5"] == 1
+    assert off.score == off.metrics["gIoU"] == off.counts.iou.mean() < 4 / 6 + 1e-9
+    assert list(off.headline) == ["gIoU", "cIoU", "N-acc", "T-acc"]
+    assert off.examples[0].truth.any() and not off.examples[1].truth.any()
+    on = scored(5, 6)  # The small target has 6 pixels, and stays.
+    assert on.metrics["N-acc"] == on.metrics["T-acc"] == 1
+    assert on.score == pytest.approx(off.score + 2 / 6)
+    assert on.metrics["cIoU"] > off.metrics["cIoU"]
+    off = scored(0, 0)
+    assert off.metrics["N-acc"] == 1 and off.score == on.score
+    too_much = scored(0, 7).metrics
+    assert (too_much["N-acc"], too_much["T-acc"]) == (1, 0.75)
+
+    write_json(tmp_path / "r.json", {"val": on})
+    stored = json.loads((tmp_path / "r.json").read_text())["results"]["val"]
+    assert (
+        stored["gIoU"] == on.score and stored["no_target_area"] in (6, 36) and "mIoU" not in stored
+    )
+    lines = [
+        line.split() for line in format_table({"gref": on, "plain": sweep(reading)}).split("\n")
+    ]
+    assert lines[0][2:6] == ["gIoU", "cIoU", "N-acc", "T-acc"] and lines[0][-2:] == ["oIoU", "mIoU"]
+    assert lines[1][:2] == ["gref", "6"] and lines[1][-2:] == ["-", "-"]
+    assert lines[2][2:6] == ["-"] * 4 and lines[2][-2:] == ["100.00"] * 2
+
+
+def test_a_target_is_one_without_a_pixel_too_and_the_best_examples_have_one(grefcoco):
+    def nothing(variables, batch):
+        return jnp.zeros((len(batch["image"]), 2, 2))
+
+    for protocol in PROTOCOLS:  # At 2 x 2 the targets of two sentences lose all their pixels.
+        result = sweep(nothing, grefcoco, image_size=2, protocol=protocol, keep_examples=1)
+        np.testing.assert_array_equal(result.counts.target, [1, 0, 0, 1, 1, 1])
+        assert (result.metrics["N-acc"], result.metrics["T-acc"]) == (1, 0)
+        assert result.score == 2 / 6 and result.examples[0].iou == 0
+
+
+def test_a_part_of_a_split_keeps_the_names_of_its_scores(grefcoco):
+    part = sweep(drawing(grefcoco, 0), grefcoco, image_size=60, batch_size=1, limit=1)
+    assert part.sentences == 1 and part.generalized
+    assert list(part.headline) == ["gIoU", "cIoU", "T-acc"]  # N-acc is about none of it.
 
 
 def test_real_refs(test_data):
@@ -209,7 +304,7 @@ from refseg_jax.predict import make_predict_step
 from refseg_jax.sharding import batch_sharding, make_mesh, to_device
 mesh = make_mesh(-1, 1)
 step = make_predict_step(Seeing(), batch_sharding(mesh))
-result = sweep(step, Halves(7), {"params": {"bias": jnp.float32(0)}}, keep_examples=1,
+result = sweep(step, Halves(7, 3), {"params": {"bias": jnp.float32(0)}}, keep_examples=1,
                put=lambda batch: to_device(batch, mesh))
 with open(sys.argv[3], "w") as file:
     json.dump([result.sentences, result.metrics, len(result.examples)], file)
@@ -218,7 +313,8 @@ with open(sys.argv[3], "w") as file:
 
 def test_two_processes_agree_with_one(tmp_path):
     variables = {"params": {"bias": jnp.float32(0)}}
-    alone = sweep(make_predict_step(Seeing()), Halves(7), variables)
+    alone = sweep(make_predict_step(Seeing()), Halves(7, 3), variables)
+    assert alone.metrics["N-acc"] == alone.metrics["T-acc"] == 1
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])

@@ -1,5 +1,6 @@
 """The report is one sound HTML file that needs nothing but itself."""
 
+import dataclasses
 import html.parser
 import math
 
@@ -39,7 +40,7 @@ class Checker(html.parser.HTMLParser):
         self.text += data
 
 
-def make_result(split="val", shuffled=False, text="left <b>&"):
+def make_result(split="val", shuffled=False, text="left <b>&", generalized=False):
     rng = np.random.default_rng(0)
     examples = tuple(
         Example(
@@ -48,7 +49,12 @@ def make_result(split="val", shuffled=False, text="left <b>&"):
         )
         for i, (case, h, w) in enumerate(zip(CASES, (48, 700, 1), (64, 40, 9), strict=True))
     )  # fmt: skip
-    counts = Counts.from_rows([(0, 1, 4 if shuffled else 2), (1, 1, 4 if shuffled else 1)])
+    counts = Counts.from_rows(
+        [
+            (0, 1, 4 if shuffled else 2, 1, 1),
+            (1, 0, 0, 0, 0) if generalized else (1, 1, 4 if shuffled else 1, 1, 1),
+        ]
+    )
     kinds = ("place", "a<b")
     return Result(
         "set",
@@ -61,6 +67,8 @@ def make_result(split="val", shuffled=False, text="left <b>&"):
         counts,
         kinds,
         () if shuffled else examples,
+        generalized,
+        50 if generalized else 0,
     )
 
 
@@ -87,6 +95,17 @@ def test_report_is_complete_and_self_contained(tmp_path):
     assert len(page) < 300_000
 
 
+def test_generalized_scores_are_named(tmp_path):
+    result = make_result(generalized=True)
+    example = dataclasses.replace(result.examples[0], truth=np.zeros((48, 64), bool))
+    result = dataclasses.replace(result, examples=(example, *result.examples[1:]))
+    curves = [{"step": 1, "val/gIoU": 0.5, "val/cIoU": 0.4, "val/N-acc": 1.0}]
+    _, checker = render(tmp_path, results={"val": result, "plain": make_result()}, curves=curves)
+    for words in ("gIoU, val", "mIoU, plain", "N-acc", "T-acc", "fewer than 50 pixels", "fit noth"):
+        assert words in checker.text
+    assert checker.text.count("no target") == 1 and "val/gIoU" in checker.text
+
+
 def test_what_the_model_saw_is_drawn(tmp_path):
     result, rng = make_result(), np.random.default_rng(1)
     details = {
@@ -99,10 +118,10 @@ def test_what_the_model_saw_is_drawn(tmp_path):
     drawn = strips(details, ["red", "<b>"], example.image)
     captions = [[caption for caption, _ in strip.pictures] for strip in drawn]
     assert captions == [
-        ["red", "<b>"], ["0.4000", "0.2400", "0.2000", "0.0100"], ["stage 1", "stage 2"],
+        *[["red", "<b>"]] * 2, ["0.4000", "0.2400", "0.2000", "0.0100"], ["stage 1", "stage 2"],
     ]  # fmt: skip
     _, checker = render(tmp_path, results={"val": result}, explained=[(example, drawn)])
-    assert checker.tags.count("img") == 6 + 8 and "<b>" in checker.text
+    assert checker.tags.count("img") == 6 + 10 and "<b>" in checker.text
 
 
 def test_a_word_is_drawn_where_it_attends():
