@@ -1,4 +1,4 @@
-"""One forward pass and one train step at the paper's size (Swin-B, BERT-base, 480 x 480).
+"""One forward pass and one train step at the paper's size (configs/*.py:refcoco).
 
 python -m benchmarks.paper_size [--config alignformer] [--batch 1]
 
@@ -46,7 +46,8 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
     config = importlib.import_module(f"configs.{arguments.config}").get_config("refcoco")
-    config.model.bert.vocab_size = 30522
+    text = "bert" if "bert" in config.model else "text"
+    config.model[text].vocab_size = 30522 if text == "bert" else 49408
     size, tokens, rows = config.data.image_size, config.data.max_tokens, arguments.batch
     model = models.build(config.model)
     variables = jax.jit(lambda key: init_variables(model, key, size, tokens))(jax.random.key(0))

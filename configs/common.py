@@ -109,7 +109,7 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.lr = 5e-5
-    config.optim.schedule = "poly"  # Or "cosine", "constant".
+    config.optim.schedule = "poly"  # Or "cosine", "step", "constant".
     config.optim.power = 0.9
     config.optim.end_lr = 0.0
     config.optim.warmup_steps = 0
@@ -126,6 +126,8 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.eval.batch_size = 32
     config.eval.protocol = "original"  # Score at the image's own size; "input": at image_size.
     config.eval.threshold = 0.5
+    # A prediction of fewer pixels is taken as "there is none"; gRefCOCO's authors use 50.
+    config.eval.no_target_area = 50 if dataset == "grefcoco" else 0
     config.eval.examples = 6  # Pictures of each case (best, worst, middle) per split.
     config.eval.limit_in_training = 0  # Sentences per evaluation during training; 0: all.
 
@@ -137,8 +139,24 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
 
     # Where parameters start; empty: from scratch. A run or a released model; encoders, by a file or
     # a Hugging Face name.
-    config.init = ConfigDict(dict(checkpoint="", swin="", bert=""))
+    config.init = ConfigDict(dict(checkpoint="", swin="", resnet="", darknet="", bert="", clip=""))
     return config
+
+
+def use_clip(config: ConfigDict, words: set[str]) -> None:
+    """Puts CLIP's ResNet-101 and its text transformer in the place of Swin and BERT."""
+    if "swin_small" in words:
+        raise ValueError(f"config variant word 'swin_small': {config.model.name} has no Swin")
+    del config.model.swin, config.model.bert
+    config.model.vision = ConfigDict(
+        dict(width=64, depths=(3, 4, 23, 3), embed_dim=512, pool=True, pool_grid=7)
+    )
+    config.model.vision.update(frozen_stats=False, positions=False, remat=False)
+    config.model.text = ConfigDict(dict(hidden=512, layers=12, heads=8, embed_dim=512))
+    config.model.text.vocab_size = 0  # 0: the tokenizer's.
+    config.model.text.update(max_positions=77, remat=False)
+    if config.data.tokenizer == "bert-base-uncased":
+        config.data.tokenizer = "openai/clip-vit-base-patch32"
 
 
 def is_small(words: set[str]) -> bool:
@@ -149,12 +167,18 @@ def is_small(words: set[str]) -> bool:
 def make_small(config: ConfigDict) -> None:
     """Makes a recipe one for a small model from scratch: docs/training.md says why it differs."""
     embedded = config.data.dataset == "shapes"
-    config.model.swin.update(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
-    config.model.swin.update(window=5 if embedded else 6, drop_path=0.0, positions=True)
-    config.model.bert.update(hidden=128, layers=2, heads=4, intermediate=256, dropout=0.0)
-    config.model.bert.max_positions = 64
     config.data.sampling = "sentence"
     config.data.image_size = 80 if embedded else 192
+    if "swin" in config.model:
+        config.model.swin.update(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+        config.model.swin.update(window=5 if embedded else 6, drop_path=0.0, positions=True)
+    if "bert" in config.model:
+        config.model.bert.update(hidden=128, layers=2, heads=4, intermediate=256, dropout=0.0)
+        config.model.bert.max_positions = 64
+    if "vision" in config.model:
+        config.model.vision.update(width=16, depths=(1, 1, 2, 1), embed_dim=128, positions=True)
+        config.model.vision.pool_grid = config.data.image_size // 32
+        config.model.text.update(hidden=128, layers=2, heads=4, embed_dim=128)
     config.optim.update(lr=1e-3, warmup_steps=100, clip_norm=1.0, b2=0.95)
     config.optim.groups = GROUPS  # Nothing is pretrained, so nothing stays frozen.
     config.train.update(batch_size=16, log_every=20)

@@ -41,6 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.generator_dim = 256
     config.model.generator_layers = 6
     config.model.generator_ffn = 2048
+    config.model.generator_pre_norm = True
     config.model.dropout = 0.0
     config.model.seg_dim = 512
     config.model.sentence = "cls"  # What stands for the sentence; "mean" of its tokens.
@@ -57,12 +58,15 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if common.is_small(words):
         common.make_small(config)
-        config.model.bert.layers = 4
-        config.model.update(joint_dim=64, shut_gates=False, heads=4, position_grid=3, queries=20)
+        # Three stages: on a coarser map the mask proposals have nothing to tell apart.
+        config.model.swin.update(depths=(1, 1, 2), num_heads=(1, 2, 4))
+        config.model.bert.layers = 3
+        config.model.update(wpa_stages=(1, 2, 3), joint_dim=64, shut_gates=False, heads=4)
+        config.model.update(position_grid=5, queries=20)
         config.model.update(generator_dim=64, generator_layers=2, generator_ffn=128, seg_dim=64)
         config.model.update(sentence="mean", prior=0.05, similarity_temperature=0.1)
-        config.model.resnet.update(width=8, depths=(1, 1, 2, 1))
-        config.model.darknet.update(width=8, depths=(1, 1, 2, 1))
+        config.model.resnet.update(width=8, depths=(1, 1, 2))
+        config.model.darknet.update(width=8, depths=(1, 1, 2))
         config.optim.update(end_lr=0.0, decay_share=1.0)
         if config.data.dataset == "shapes":  # A step takes less time than the other models'.
             config.train.update(steps=4750)

@@ -22,9 +22,9 @@ def path_name(path: tuple[Any, ...]) -> str:
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callable:
     """Step -> learning rate.
 
-    `config`: lr, schedule ("poly": lr * (1 - t)^power down to end_lr, "cosine", "constant"),
-    power, end_lr, warmup_steps (linear from 0), decay_steps (0: the share `decay_share` of all
-    steps; after them the rate stays at end_lr).
+    `config`: lr, schedule ("poly": lr * (1 - t)^power down to end_lr, "cosine", "step": lr until
+    the decay ends, "constant"), power, end_lr, warmup_steps (linear from 0), decay_steps (0: the
+    share `decay_share` of all steps; after them the rate stays at end_lr).
     """
     warmup = config.warmup_steps
     decay = (config.decay_steps or round(config.decay_share * total_steps)) - warmup
@@ -37,11 +37,13 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callab
         main = optax.polynomial_schedule(config.lr, config.end_lr, config.power, decay)
     elif config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.lr, decay, config.end_lr / config.lr)
+    elif config.schedule == "step":
+        main = optax.piecewise_constant_schedule(config.lr, {decay: config.end_lr / config.lr})
     elif config.schedule == "constant":
         main = optax.constant_schedule(config.lr)
     else:
         raise UserError(
-            f"config.optim.schedule={config.schedule!r} is not one of poly, cosine, constant"
+            f"config.optim.schedule={config.schedule!r} is not one of poly, cosine, step, constant"
         )
     if not warmup:
         return main

@@ -22,7 +22,7 @@ from refseg_jax import checkpoint, models, pictures
 from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
-from refseg_jax.models.layers.resize import resize_bilinear
+from refseg_jax.models.layers.resize import resize_bicubic, resize_bilinear
 from refseg_jax.train_state import init_variables
 
 INPUTS = ("image", "tokens", "token_mask")  # What of a batch the model sees.
@@ -34,17 +34,21 @@ def make_predict_step(model: nn.Module, out_sharding: Any = None) -> PredictFn:
     """Jitted forward pass: (variables, batch) -> foreground probability f32 [B, H, W].
 
     The batch holds `image` uint8 [B, H, W, 3], `tokens` int32 [B, T] and `token_mask` bool [B, T];
-    anything else in it is ignored. Probabilities are at the image's size. On a mesh,
+    anything else in it is ignored. Probabilities are at the image's size: of bilinear logits, or
+    themselves bicubic with the corners' centres in place, where the model `resizes_probabilities`
+    (they may then lie a little outside 0 .. 1, as in the code that it reproduces). On a mesh,
     `out_sharding` should be the batch's, so that each process can read its own rows back.
     """
 
     def predict(variables, batch):
         image, tokens, token_mask = (batch[name] for name in INPUTS)
         outputs = model.apply(
-            variables, transforms.normalize(image), tokens, token_mask, train=False
+            variables, transforms.normalize_for(model, image), tokens, token_mask, train=False
         )
-        logits = resize_bilinear(outputs["logits"].astype(np.float32), image.shape[1:3])
-        return jax.nn.sigmoid(logits)
+        logits, size = outputs["logits"].astype(np.float32), image.shape[1:3]
+        if getattr(model, "resizes_probabilities", False):
+            return resize_bicubic(jax.nn.sigmoid(logits), size, align_corners=True)
+        return jax.nn.sigmoid(resize_bilinear(logits, size))
 
     return jax.jit(predict, out_shardings=out_sharding)
 
@@ -140,6 +144,7 @@ class Predictor:
       image_size: side of the square the model sees; images of any size are resized to it.
       max_tokens: longest expression, in tokens, that the model reads.
       threshold: probability above which a pixel is foreground.
+      no_target_area: a mask of fewer pixels is taken as "there is none".
     """
 
     def __init__(
@@ -150,12 +155,14 @@ class Predictor:
         image_size: int,
         max_tokens: int,
         threshold: float = 0.5,
+        no_target_area: int = 0,
     ):
         self.variables = variables
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.max_tokens = max_tokens
         self.threshold = threshold
+        self.no_target_area = no_target_area
         self._predict = make_predict_step(model)
 
     @classmethod
@@ -173,6 +180,7 @@ class Predictor:
             config.data.image_size,
             config.data.max_tokens,
             config.eval.threshold,
+            config.eval.get("no_target_area", 0),
         )
 
     def __call__(
@@ -195,8 +203,10 @@ class Predictor:
             "token_mask": token_mask[None],
         }
         probability = np.asarray(self._predict(self.variables, batch)[0])
-        probability = transforms.resize_map(probability, *pixels.shape[:2])
-        return Prediction(probability > self.threshold, probability, truncated)
+        probability = transforms.resize_map(probability, *pixels.shape[:2]).clip(0, 1)
+        mask = probability > self.threshold
+        mask &= mask.sum() >= self.no_target_area
+        return Prediction(mask, probability, truncated)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -77,12 +77,13 @@ def fit_tokenizer(config: ml_collections.ConfigDict, source: str) -> Tokenizer:
       UserError: there is none, or it has more entries than the config's vocabulary.
     """
     tokenizer = data.load_tokenizer(source)
-    text_encoder = config.model.bert
+    name = "bert" if "bert" in config.model else "text"
+    text_encoder = config.model[name]
     if text_encoder.vocab_size == 0:
         text_encoder.vocab_size = tokenizer.vocab_size
     if tokenizer.vocab_size > text_encoder.vocab_size:
         raise UserError(
-            f"config.model.bert.vocab_size={text_encoder.vocab_size} is too small for the "
+            f"config.model.{name}.vocab_size={text_encoder.vocab_size} is too small for the "
             f"tokenizer {config.data.tokenizer}, which has {tokenizer.vocab_size} entries"
         )
     return tokenizer
@@ -113,7 +114,7 @@ def evaluate_run(
 
     Returns what the summary says of it: {split}/mIoU and {split}/oIoU of each split,
     {select_split}/mIoU_shuffled (the control: the same model, each image given another one's
-    expression), report.
+    expression), report. Where expressions may fit nothing it is gIoU, cIoU, N-acc and T-acc.
 
     Raises:
       UserError: there is no checkpoint, it does not fit, or a split is missing.
@@ -159,6 +160,6 @@ def evaluate_run(
         )
     summary = {}
     for split, result in results.items():
-        summary |= {f"{split}/{name}": round(result.metrics[name], 4) for name in ("mIoU", "oIoU")}
-    summary[f"{select}/mIoU_shuffled"] = round(shuffled.metrics["mIoU"], 4)
+        summary |= {f"{split}/{name}": round(v, 4) for name, v in result.headline.items()}
+    summary[f"{select}/{shuffled.score_name}_shuffled"] = round(shuffled.score, 4)
     return {**summary, "report": str(report)}

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from refseg_jax import checkpoint, data, evaluate, models
 from refseg_jax.data import pipeline
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.data.transforms import normalize
+from refseg_jax.data.transforms import normalize_for
 from refseg_jax.errors import UserError
 from refseg_jax.logging import MetricWriter
 from refseg_jax.optim import make_optimizer
@@ -48,7 +49,7 @@ def train_step(
         dropout_key, loss_key = jax.random.split(key)
         outputs, updated = model.apply(
             {"params": params, **model_state},
-            normalize(part["image"]),
+            normalize_for(model, part["image"]),
             part["tokens"],
             part["token_mask"],
             train=True,
@@ -130,8 +131,8 @@ class Trainer:
     """All that a run is made of: data, model, optimiser, mesh, state and the compiled step.
 
     Building it restores what there is to restore, in this order: this run's last checkpoint >
-    `config.init.checkpoint` > pretrained encoders (`config.init.swin`, `.bert`) > scratch. `origin`
-    says what came from where.
+    `config.init.checkpoint` > pretrained encoders (`config.init.swin`, `.bert` ...) > scratch.
+    `origin` says what came from where.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Trainer:
             variables = init_variables(
                 self.model, init_key, config.data.image_size, config.data.max_tokens
             )
-            variables = {c: {**tree, **loaded.get(c, {})} for c, tree in variables.items()}
+            variables = unflatten_dict({**flatten_dict(variables), **flatten_dict(loaded)})
             return init_state(variables, make_tx, key, config.train.ema_decay > 0)
 
         abstract = jax.eval_shape(init, init_key, key, {})
@@ -229,6 +230,7 @@ def evaluation_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
         batch_size=config.eval.batch_size,
         protocol=config.eval.protocol,
         threshold=config.eval.threshold,
+        no_target_area=config.eval.no_target_area,
         workers=config.data.workers,
         threads=config.data.threads,
     )
@@ -293,12 +295,12 @@ def _loop(trainer, checkpoints, writer, stop, start):
                 verbose=False,
                 **evaluation_settings(config),
             )
-            scalars = {f"{result.split}/{name}": v for name, v in result.metrics.items()}
-            writer.write(step, scalars)
-            score = result.metrics["mIoU"]
-            best = checkpoints.save_best(step, state.variables(), score)
+            scores = result.metrics.items()
+            known = {f"{result.split}/{name}": v for name, v in scores if math.isfinite(v)}
+            writer.write(step, known)
+            best = checkpoints.save_best(step, state.variables(), result.score)
             writer.say(
-                f"step {step}: {result.split} mIoU {score:.4f} oIoU {result.metrics['oIoU']:.4f}"
+                f"step {step}: {result.split} {evaluate.spell(result.headline)}"
                 + (" (best so far)" if best else "")
             )
         checkpoints.save_last(state)

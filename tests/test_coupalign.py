@@ -24,38 +24,7 @@ from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.transformer import DecoderLayer
 from refseg_jax.optim import assign_groups, make_schedule
 from refseg_jax.train_state import init_variables
-
-RNG = np.random.default_rng(0)
-
-
-def normal(*shape):
-    return RNG.normal(size=shape).astype(np.float32)
-
-
-def randomise(tree):
-    """No parameter or running statistic keeps an initial 0 or 1 that would hide a mistake."""
-    return jax.tree.map(lambda x: x + 0.3 * np.abs(normal(*x.shape)), tree)
-
-
-def softmax(x):
-    return np.exp(x) / np.exp(x).sum()
-
-
-def linear(x, layer):
-    return x @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer.get("bias", 0.0))
-
-
-def close(ours, expected):
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def init(module, *arguments, **static):
-    return jax.jit(functools.partial(module.init, **static))(jax.random.key(0), *arguments)
-
-
-def apply(module, variables, *arguments, **static):
-    return jax.jit(functools.partial(module.apply, **static))(variables, *arguments)
-
+from tests.equations import RNG, apply, close, init, linear, normal, randomise, softmax
 
 # Equations.
 

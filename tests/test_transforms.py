@@ -1,3 +1,5 @@
+import io
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,3 +90,27 @@ def test_read_image_refuses_what_is_no_picture(tmp_path):
             transforms.read_image(tmp_path / f"{name}.jpg")
     with pytest.raises(UserError, match="no image file .*absent.jpg"):
         transforms.read_image(tmp_path / "absent.jpg")
+
+
+@pytest.mark.parametrize("side", [16, 90])
+def test_the_short_way_from_file_to_square_is_the_same(side):
+    """Or is not taken: where more has to be done to a picture, or it is damaged."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    turned, upright = Image.Exif(), Image.Exif()
+    turned[ORIENTATION], upright[ORIENTATION] = 6, 1
+
+    def stored(mode="RGB", kind="JPEG", **options):
+        file = io.BytesIO()
+        Image.fromarray(noise).convert(mode).save(file, kind, **options)
+        return file.getvalue()
+
+    for picture in (stored(), stored(kind="PNG"), stored(exif=upright), stored(quality=100)):
+        expected = transforms.resize_image(transforms.read_image(picture, (60, 80)), side)
+        found = transforms.read_resized(picture, (60, 80), side)
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == np.uint8
+        assert transforms.read_resized(picture, (80, 60), side) is None
+    for picture in (stored("L"), stored("CMYK"), stored("RGBA", "PNG"), stored("P", "PNG"),
+                    stored(exif=turned), stored(kind="PNG", transparency=(1, 2, 3)),
+                    stored()[:1000], b""):  # fmt: skip
+        assert transforms.read_resized(picture, (60, 80), side) is None

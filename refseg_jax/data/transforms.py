@@ -11,9 +11,11 @@ from PIL import Image, ImageOps
 
 from refseg_jax.errors import UserError
 
-# ImageNet statistics, the ones the published encoders were trained with.
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+# Mean and deviation of the pixels that published encoders were trained with, of RGB in 0 .. 1.
+PIXELS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 
 
 def read_image(
@@ -33,8 +35,9 @@ def read_image(
     name = name or ("the picture" if isinstance(picture, bytes) else str(picture))
     try:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
-            stored = to_rgb(file)
-            upright = to_rgb(ImageOps.exif_transpose(file))
+            stored = upright = to_rgb(file)
+            if _turned(file):
+                upright = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise UserError(f"no image file {name}") from None
     # Pillow reports damage in almost any way, depending on the format and where it is.
@@ -49,6 +52,27 @@ def read_image(
         f"{name} is {len(stored)} x {len(stored[0])} (height x width), its annotations were drawn "
         f"at {size[0]} x {size[1]}: use the original image"
     )
+
+
+def read_resized(picture: bytes, size: tuple[int, int], side: int) -> np.ndarray | None:
+    """`resize_image(read_image(picture, size), side)`, the same to the bit, with fewer copies.
+
+    None if the picture is not a plain one: then those two say what it is, or what is wrong.
+    """
+    try:
+        with Image.open(io.BytesIO(picture)) as file:
+            file.load()
+            plain = file.mode == "RGB" and not file.has_transparency_data and not _turned(file)
+            if plain and file.size == (size[1], size[0]):
+                return _resize(file, side)
+    except Exception:  # Whatever is wrong, `read_image` meets it again.
+        pass
+    return None
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether a loaded image has an EXIF orientation other than upright."""
+    return image.getexif().get(0x0112, 1) != 1
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -75,15 +99,20 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [size, size, 3]: bilinear, antialiased where it shrinks."""
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    return _resize(Image.fromarray(image), size)
+
+
+def _resize(image: Image.Image, size: int) -> np.ndarray:
+    # Not by draft: JPEG's own halving would give other pixels, and is of no use above half size.
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """bool [H, W] -> bool [size, size]: output pixel i takes input pixel floor(i * H / size)."""
     height, width = mask.shape
     steps = np.arange(size)
-    return mask[(steps * height // size)[:, None], steps * width // size]
+    # Columns first: masks come from run-length codes, which go down them.
+    return mask.T[steps * width // size].T[steps * height // size]
 
 
 def resize_map(values: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -95,9 +124,15 @@ def resize_map(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def normalize(image):
-    """[..., 3] in 0 .. 255 -> float32 [..., 3] with ImageNet's mean and deviation taken out.
+def normalize(image, pixels: str = "imagenet"):
+    """[..., 3] in 0 .. 255 -> float32 [..., 3] with the mean and deviation of `pixels` taken out.
 
     Written with operators only, so it takes NumPy and JAX arrays alike.
     """
-    return (image.astype(np.float32) / 255.0 - MEAN) / STD
+    mean, deviation = np.array(PIXELS[pixels], np.float32)
+    return (image.astype(np.float32) / 255.0 - mean) / deviation
+
+
+def normalize_for(model, image):
+    """`normalize` as the `model` was made for: by its `pixels`, if it has any, or ImageNet's."""
+    return normalize(image, getattr(model, "pixels", "imagenet"))

@@ -10,13 +10,17 @@ import jax.numpy as jnp
 from refseg_jax.errors import UserError
 from refseg_jax.models.alignformer import AlignFormer
 from refseg_jax.models.coupalign import CoupAlign
+from refseg_jax.models.cris import CRIS
 from refseg_jax.models.crossvlt import CrossVLT
+from refseg_jax.models.jmceln import JMCELN
 from refseg_jax.models.lavt import LAVT
 
 MODELS: dict[str, type[nn.Module]] = {
     "alignformer": AlignFormer,
     "coupalign": CoupAlign,
+    "cris": CRIS,
     "crossvlt": CrossVLT,
+    "jmceln": JMCELN,
     "lavt": LAVT,
 }
 

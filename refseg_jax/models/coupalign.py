@@ -25,6 +25,7 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.decoder import ConvBlock
 from refseg_jax.models.layers.early_fusion import GatedResidual
+from refseg_jax.models.layers.norms import EPSILON
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear
 from refseg_jax.models.layers.sentence import SENTENCES, sentence_vector
@@ -54,6 +55,7 @@ class CoupAlignConfig:
     generator_dim: int = 256  # Open: d_q.
     generator_layers: int = 6
     generator_ffn: int = 2048  # Open.
+    generator_pre_norm: bool = True  # Open: where its layers normalise.
     dropout: float = 0.0  # Open: in the mask generator.
     seg_dim: int = 512  # Open: d_s.
     sentence: str = "cls"  # L_g; "mean" of the last stage's words where [CLS] is not pretrained.
@@ -171,8 +173,9 @@ class CrossAttention(nn.Module):
 class MaskGenerator(nn.Module):
     """Eq. 9: learned queries gather from the fused map into N mask embeddings.
 
-    Paper leaves open: positions. Here as in DETR: those of the pixels are sines, those of the
-    queries are the queries; without them each layer makes the queries more alike.
+    Paper leaves open: positions and the place of norms. Positions are DETR's: sines for the pixels,
+    for the queries themselves. Layers are pre-norm: after post-norm ones (`generator_pre_norm`)
+    that are trained from scratch all queries are the same, and so are the proposals.
     """
 
     config: CoupAlignConfig
@@ -185,14 +188,24 @@ class MaskGenerator(nn.Module):
         B, h, w, C = fused.shape
         dim = cfg.generator_dim
         memory = nn.Dense(dim, dtype=self.dtype, name="memory")(fused.reshape(B, h * w, C))
+        if cfg.generator_pre_norm:
+            memory = nn.LayerNorm(EPSILON, dtype=self.dtype, name="memory_norm")(memory)
         queries = self.param("queries", nn.initializers.normal(1.0), (cfg.queries, dim))
         queries = queries.astype(self.dtype)
         positions = sine_positions(h, w, dim).astype(self.dtype)
         masks = jnp.broadcast_to(queries, (B, *queries.shape))
         for i in range(cfg.generator_layers):
             masks = DecoderLayer(
-                dim, cfg.heads, cfg.generator_ffn, cfg.dropout, self.dtype, name=f"layer{i}"
+                dim,
+                cfg.heads,
+                cfg.generator_ffn,
+                cfg.dropout,
+                self.dtype,
+                cfg.generator_pre_norm,
+                name=f"layer{i}",
             )(masks, memory, queries, positions, train=train)
+        if cfg.generator_pre_norm:
+            masks = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")(masks)
         return masks
 
 

@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,23 +12,46 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from refseg_jax import checkpoint
 from refseg_jax.errors import UserError
-from refseg_jax.weights import hf, microsoft, released
+from refseg_jax.weights import clip, darknet, hf, microsoft, released, resnet
 from refseg_jax.weights.files import read_checkpoint
 from refseg_jax.weights.tables import Conversion, Table, brief, closest, convert_variables
 
-# Field of `config.init`, and the name of that part in every model -> how it is published.
-ENCODERS: Mapping[str, tuple[Table, ...]] = {
-    "swin": (hf.SWIN, microsoft.SWIN),
-    "bert": (hf.BERT,),
+# A source, and the variables (shapes) of an encoder -> these, filled.
+Load = Callable[[str, Any], Conversion]
+
+
+def _by(*tables: Table) -> Load:
+    """Reads the source by the one of `tables` that knows the most of it."""
+
+    def load(source: str, variables: Any) -> Conversion:
+        arrays = read_checkpoint(source).arrays
+        return convert_variables(arrays, variables, closest(arrays, variables, tables))
+
+    return load
+
+
+def _clip(source: str, variables: Any) -> Conversion:
+    return clip.convert_clip(read_checkpoint(source).arrays, variables)
+
+
+# Field of `config.init` -> how it is published. The part of that name in a model is filled.
+ENCODERS: Mapping[str, Load] = {
+    "swin": _by(hf.SWIN, microsoft.SWIN),
+    "resnet": _by(resnet.RESNET),
+    "darknet": darknet.convert_darknet,
+    "bert": _by(hf.BERT),
+    "clip": _clip,
 }
+# Of what holds several parts of a model: their names.
+PARTS: Mapping[str, tuple[str, ...]] = {"clip": ("vision", "text")}
 
 
 def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dict[str, Any], str]:
     """Parts of `variables` (a tree of shapes) to start from, and a line that says whence.
 
     Order: `config.init.checkpoint` (everything: a run's workdir, or a released checkpoint of the
-    model) > pretrained encoders (`config.init.swin`, `.bert`) > scratch. What is no run is given as
-    `read_checkpoint` takes it: a file, a directory or a Hugging Face name.
+    model) > pretrained encoders (the other fields of `config.init`) > scratch. What is no run is
+    given as `read_checkpoint` takes it: a file, a directory or a Hugging Face name.
 
     Raises:
       UserError: a file is missing, damaged, or does not fit.
@@ -45,27 +68,33 @@ def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dic
                 f"released checkpoints of {config.model.name} that could be read"
             )
         table = released.TABLES[config.model.name]
-        loaded = _load("config.init.checkpoint", source, variables, (table,))
+        loaded = _load("config.init.checkpoint", source, variables, _by(table))
         return loaded.tree, f"all parameters from {source} ({origin(loaded)})"
 
+    everything = flatten_dict(variables)
     filled, origins = {}, []
-    for name, tables in ENCODERS.items():
+    for name, load in ENCODERS.items():
         source = config.init[name]
         if not source:
             continue
-        part = {kind: tree[name] for kind, tree in variables.items() if name in tree}
-        if not part:
+        parts = PARTS.get(name, (name,))
+        mine = {place: leaf for place, leaf in everything.items() if place[1] in parts}
+        if not mine:
             raise UserError(
                 f"config.init.{name}={source}, but {config.model.name} as configured has no {name}"
-                f" (it has {brief(_modules(flatten_dict(variables)))}): leave it empty"
+                f" (it has {brief(_modules(everything))}): leave it empty"
             )
-        loaded = _load(f"config.init.{name}", source, part, tables)
-        arrays = {(kind, name, *path): x for (kind, *path), x in flatten_dict(loaded.tree).items()}
+        inside = () if name in PARTS else (name,)
+        part = {(kind, *path[len(inside) :]): leaf for (kind, *path), leaf in mine.items()}
+        loaded = _load(f"config.init.{name}", source, unflatten_dict(part), load)
+        arrays = {
+            (kind, *inside, *path): x for (kind, *path), x in flatten_dict(loaded.tree).items()
+        }
         origins.append(f"{name} ({len(arrays)} arrays) from {source} ({origin(loaded)})")
         filled |= arrays
     if not origins:
         return {}, "from scratch"
-    if rest := flatten_dict(variables).keys() - filled.keys():
+    if rest := everything.keys() - filled.keys():
         origins.append(f"the rest ({len(rest)} arrays: {brief(_modules(rest))}) from scratch")
     return unflatten_dict(filled), ", ".join(origins)
 
@@ -75,10 +104,9 @@ def origin(loaded: Conversion) -> str:
     return "; ".join([loaded.source, *loaded.notes])
 
 
-def _load(field: str, source: str, variables: Any, tables: tuple[Table, ...]) -> Conversion:
+def _load(field: str, source: str, variables: Any, load: Load) -> Conversion:
     try:
-        arrays = read_checkpoint(source).arrays
-        return convert_variables(arrays, variables, closest(arrays, variables, tables))
+        return load(source, variables)
     except UserError as error:
         raise UserError(f"{field}={source}: {error}") from error
 

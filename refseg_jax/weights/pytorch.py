@@ -1,6 +1,8 @@
 """Files of `torch.save` -> numpy arrays by name, without PyTorch and without running code.
 
 Both layouts are read: the zip archive (PyTorch 1.6 and later) and the stream of pickles before it.
+So are archives of TorchScript (`torch.jit.save`), as which OpenAI publishes CLIP: of these the
+arrays by the names that `state_dict` would give them, while their code is not looked at.
 A pickle is a program that may call whatever Python function it names. Here it is given the few
 names that arrays are made of, and empty stand-ins for some that lie beside them; any other is an
 error that says which.
@@ -60,6 +62,14 @@ _INERT = {
     ),
 }
 
+_JIT_VALUES = (
+    "build_intlist",
+    "build_doublelist",
+    "build_boollist",
+    "build_tensorlist",
+    "restore_type_tag",
+)
+
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # The stream begins with them.
 
 
@@ -78,6 +88,13 @@ class _Tensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+class _Scripted(dict):
+    """A module of a TorchScript archive: its attributes, and nothing of what its class does."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -103,7 +120,7 @@ class _Unpickler(pickle.Unpickler):
         def tensor(storage, offset, shape, stride, *_):
             return _Tensor(storage, offset, shape, stride)
 
-        def parameter(data, *_):
+        def first(data, *_):
             return data
 
         self._given = {
@@ -111,12 +128,16 @@ class _Unpickler(pickle.Unpickler):
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor"): tensor,
             ("torch._utils", "_rebuild_tensor_v2"): tensor,
-            ("torch._utils", "_rebuild_parameter"): parameter,
+            ("torch._utils", "_rebuild_parameter"): first,
+            # TorchScript's lists, and values with their types written beside them.
+            **{("torch.jit._pickle", name): first for name in _JIT_VALUES},
         }
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.cuda") and name in _DTYPES:
             return name  # Only the names of storages name it.
+        if module.split(".")[0] == "__torch__":  # A class that the archive itself defines.
+            return _Scripted
         try:
             return self._given[module, name]
         except KeyError:
@@ -137,7 +158,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pytorch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of a file of `torch.save` by name (read-only), and what lies beside them.
+    """The arrays of a file of `torch.save` or `torch.jit.save` by name (read-only), and the rest.
 
     Wrappings such as {"model": ...} are taken off; a second model in "bert_model" has that in
     front of its names. What is no array (optimiser, epoch, settings) is only named.
@@ -236,6 +257,8 @@ def _arrays(
 
 def _unwrap(content: Any) -> tuple[dict[str, _Tensor], list[str]]:
     """Tensors by name, from inside any wrapping, and the names of what is no tensor."""
+    if isinstance(content, _Scripted):
+        return _scripted(content), []
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not arrays by name")
     wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
@@ -256,3 +279,23 @@ def _unwrap(content: Any) -> tuple[dict[str, _Tensor], list[str]]:
             raise ValueError(f"it has {min(twice)} twice")
         tensors |= found
     return tensors, beside
+
+
+def _scripted(root: _Scripted) -> dict[str, _Tensor]:
+    """The tensors of a TorchScript module and those inside it, by dotted names."""
+    tensors: dict[str, _Tensor] = {}
+    seen: set[int] = set()
+
+    def collect(module: _Scripted, prefix: str) -> None:
+        # A module could hold itself, or be in more places than anyone could list.
+        if id(module) in seen:
+            raise ValueError(f"it has the module {prefix[:-1]!r} in two places")
+        seen.add(id(module))
+        for name, value in module.items():
+            if isinstance(value, _Tensor):
+                tensors[f"{prefix}{name}"] = value
+            elif isinstance(value, _Scripted):
+                collect(value, f"{prefix}{name}.")
+
+    collect(root, "")
+    return tensors

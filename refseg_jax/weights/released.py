@@ -1,7 +1,8 @@
-"""Checkpoints of the authors' released PyTorch code -> our variables: CrossVLT and LAVT.
+"""Checkpoints of the authors' released PyTorch code -> our variables: CRIS, CrossVLT and LAVT.
 
-Both name the Swin inside as Microsoft's code does and the BERT inside as Hugging Face's, and have
-the same decoder; their tables share those entries.
+CrossVLT and LAVT name the Swin inside as Microsoft's code does and the BERT inside as Hugging
+Face's, and have the same decoder; their tables share those entries. CRIS names the CLIP inside as
+OpenAI does.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from refseg_jax.errors import UserError
+from refseg_jax.models.cris import CRIS, CRISConfig
 from refseg_jax.models.crossvlt import CrossVLT, CrossVLTConfig
 from refseg_jax.models.lavt import LAVT, LAVTConfig
 from refseg_jax.weights import microsoft
+from refseg_jax.weights.clip import CLIP
 from refseg_jax.weights.hf import BERT
 from refseg_jax.weights.tables import Modules, Table, convert_variables, inside, shapes
 
@@ -107,8 +110,71 @@ CROSSVLT_TABLE = Table(
     defaults={"temperature": 1.0},
 )
 
+CRIS_TABLE = Table(
+    source="released CRIS",
+    renames=(*CLIP.renames, (r"_attn\.in_proj_", "_attn.in_proj.")),
+    modules={
+        **inside("", "backbone.", CLIP.modules),
+        r"neck/sentence": "neck.txt_proj.0",
+        r"neck/sentence_norm": "neck.txt_proj.1",
+        r"neck/coarse_norm": "neck.norm_layer.0",
+        **{
+            f"neck/{ours}/{part}": f"neck.{theirs}.{i}"
+            for ours, theirs in (
+                ("coarse", "f1_v_proj"),
+                ("middle", "f2_v_proj"),
+                ("middle_join", "f2_cat"),
+                ("fine", "f3_v_proj"),
+                ("fine_join", "f3_cat"),
+                ("coarse_out", "f4_proj5"),
+                ("middle_out", "f4_proj4"),
+                ("fine_out", "f4_proj3"),
+                ("join", "aggr"),
+                ("places", "coordconv.0.conv1"),
+                ("out", "coordconv.1"),
+            )
+            for i, part in enumerate(("conv", "norm"))
+        },
+        **{
+            rf"decoder/layer(\d+)/{ours}": rf"decoder.layers.\1.{theirs}"
+            for ours, theirs in (
+                ("self_norm", "norm1"),
+                ("self_attention", "self_attn.in_proj"),
+                ("self_attention/out", "self_attn.out_proj"),
+                ("self_end", "self_attn_norm"),
+                ("cross_norm", "norm2"),
+                ("cross_attention", "multihead_attn.in_proj"),
+                ("cross_attention/out", "multihead_attn.out_proj"),
+                ("cross_end", "cross_attn_norm"),
+                ("ffn_norm", "norm3"),
+                ("fc1", "ffn.0"),
+                ("ffn_middle", "ffn.3"),
+                ("fc2", "ffn.4"),
+            )
+        },
+        r"decoder/norm": "decoder.norm",
+        **{f"projector/up{i}": f"proj.vis.{2 * i - 1}.0" for i in (1, 2)},
+        **{f"projector/up{i}/norm": f"proj.vis.{2 * i - 1}.1" for i in (1, 2)},
+        r"projector": "proj.vis.4",
+        r"projector/sentence": "proj.txt",
+    },
+    dropped=(
+        r"num_batches_tracked$",  # a count that nothing reads
+        r"^backbone\.logit_scale$",  # of CLIP's own loss
+    ),
+    parameters={ours: f"backbone.{theirs}" for ours, theirs in CLIP.parameters.items()},
+)
+
 # Name of a model, as in `config.model.name` -> its table.
-TABLES = {"crossvlt": CROSSVLT_TABLE, "lavt": LAVT_TABLE}
+TABLES = {"cris": CRIS_TABLE, "crossvlt": CROSSVLT_TABLE, "lavt": LAVT_TABLE}
+
+
+def cris_from_released(state: Mapping[str, np.ndarray], config: CRISConfig) -> dict[str, Any]:
+    """Variables of `CRIS(config)` (params, batch_stats) from a checkpoint's arrays by name.
+
+    Raises UserError as `convert_variables` does.
+    """
+    return convert_variables(state, shapes(CRIS(config), *_INPUTS), CRIS_TABLE).tree
 
 
 def lavt_from_released(state: Mapping[str, np.ndarray], config: LAVTConfig) -> dict[str, Any]:

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from configs import cris, jmceln
+from refseg_jax import models
 from refseg_jax.errors import UserError
 from refseg_jax.models.encoders.clip import (
     Clip,
@@ -25,7 +28,9 @@ from refseg_jax.models.encoders.clip import (
     ClipVisionConfig,
 )
 from refseg_jax.models.layers.resize import resize_bicubic
+from refseg_jax.train_state import init_variables
 from refseg_jax.weights.clip import clip_from_openai, clip_text_from_hf, convert_clip
+from refseg_jax.weights.initial import load_initial
 from refseg_jax.weights.tables import shapes
 from tests.parity.hf_models import arrays, redraw, relative_error
 
@@ -277,3 +282,24 @@ def test_what_does_not_fit(openai, text):
     state = arrays(text.text_model.state_dict())
     with pytest.raises(UserError, match=r"1 missing: text_projection\.weight"):
         clip_text_from_hf(state, TEXT)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_run_starts_from_it(openai, pool, tmp_path):
+    """Both encoders of a model, with the pool that CLIP has or without one."""
+    config = cris.get_config() if pool else jmceln.get_config()
+    config.model.vision.update({**dataclasses.asdict(VISION), "pool": pool})
+    config.model.text.update(dataclasses.asdict(TEXT))
+    config.init.clip = str(tmp_path / "clip.safetensors")
+    safetensors.numpy.save_file(
+        {k: np.ascontiguousarray(v) for k, v in openai.items()}, config.init.clip
+    )
+    model = models.build(config.model)
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), 64, 8))
+    loaded, line = load_initial(config, variables)
+    vision = dataclasses.replace(VISION, pool=pool)
+    expected = clip_from_openai(openai, ClipConfig(vision, TEXT))
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert f"clip ({len(jax.tree.leaves(expected))} arrays) from {config.init.clip}" in line
+    assert ("connect, which it lacks, from scratch" in line) == pool
+    assert "text" not in line.split("the rest")[1]

@@ -9,13 +9,16 @@ import safetensors.numpy
 import torch
 import transformers
 
+from configs import coupalign
 from refseg_jax import models
 from refseg_jax.errors import UserError
 from refseg_jax.models.encoders.bert import BertConfig
 from refseg_jax.models.encoders.swin import SwinConfig
 from refseg_jax.train_state import init_variables
+from refseg_jax.weights.darknet import darknet_from_file
 from refseg_jax.weights.hf import SWIN, bert_from_hf, swin_from_hf
 from refseg_jax.weights.initial import load_initial
+from refseg_jax.weights.resnet import resnet_from_hf
 from tests import tiny
 from tests.parity.hf_models import arrays, redraw
 
@@ -190,6 +193,44 @@ def test_the_wrong_file_is_one_error_that_names_the_field(config, variables, ber
         with pytest.raises(UserError, match=f"^config.init.{name}={path}: .*{message}") as error:
             load_initial(start(config, **{name: str(path)}), variables)
         assert len(str(error.value)) < 3000
+
+
+def test_other_backbones(tmp_path):
+    config = coupalign.get_config("resnet101")
+    config.model.resnet.update(width=4, depths=(1, 1, 1))
+    config.model.bert.update(hidden=16, heads=2, intermediate=16, vocab_size=50)
+
+    def shapes_of(config):
+        model = models.build(config.model)
+        return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), 64, 8))
+
+    sizes = models.build(config.model).config.resnet
+    published = redraw(
+        transformers.ResNetModel(
+            transformers.ResNetConfig(
+                embedding_size=4, hidden_sizes=sizes.widths, depths=sizes.depths
+            )
+        )
+    )
+    state = arrays(published.state_dict())
+    config.init.resnet = str(tmp_path / "resnet.safetensors")
+    safetensors.numpy.save_file(state, config.init.resnet)
+    loaded, line = load_initial(config, shapes_of(config))
+    expected = resnet_from_hf(state, sizes)
+    equal(loaded, {kind: {"resnet": tree} for kind, tree in expected.items()})
+    assert line.startswith("resnet (") and "(ResNet (torchvision or Hugging Face)), " in line
+
+    config = coupalign.get_config("darknet53")
+    config.model.darknet.update(width=4, depths=(1, 1, 1))
+    config.model.bert.update(hidden=16, heads=2, intermediate=16, vocab_size=50)
+    config.init.darknet = str(tmp_path / "darknet.weights")
+    numbers = np.random.default_rng(0).uniform(0.5, 1.5, 10_000_000).astype("<f4")
+    header = np.array([0, 2, 0, 0, 0], "<i4").tobytes()
+    (tmp_path / "darknet.weights").write_bytes(header + numbers.tobytes())
+    loaded, line = load_initial(config, shapes_of(config))
+    expected = darknet_from_file(config.init.darknet, models.build(config.model).config.darknet)
+    equal(loaded, {kind: {"darknet": tree} for kind, tree in expected.items()})
+    assert "further numbers left" in line
 
 
 def test_a_part_that_the_model_lacks(config, variables):

@@ -1,4 +1,4 @@
-"""Files of torch.save: the same arrays as PyTorch reads, and nothing else that a file may hold."""
+"""Files of torch.save and torch.jit.save: the arrays that PyTorch reads, and nothing else."""
 
 import argparse
 import builtins
@@ -244,3 +244,72 @@ def test_other_zip_files(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_pytorch(write(changed, **kwargs))
+
+
+# TorchScript.
+
+
+class Scripted(torch.nn.Module):
+    """Modules in modules, a buffer, half precision, tied weights, and attributes of many kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, bias=False)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        self.positions = torch.nn.Parameter(torch.randn(5, 3).half())
+        self.tied = self.head[0].weight
+        self.register_buffer("input_resolution", torch.tensor(224))
+        self.count, self.names, self.sizes, self.nothing = 3, ["a", "b"], [1, 2], None
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).mean((2, 3))) @ self.tied
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torchscript_gives_what_state_dict_would(tmp_path, how):
+    module = Scripted().eval()
+    path = tmp_path / "model.pt"
+    if how == "script":
+        torch.jit.script(module).save(path)
+    else:
+        torch.jit.trace(module, torch.ones(1, 3, 8, 8)).save(path)
+    arrays, beside = read_pytorch(path)
+    expected = module.state_dict()
+    assert arrays.keys() == expected.keys() and beside == []
+    for name, tensor in expected.items():
+        assert str(tensor.dtype) == f"torch.{arrays[name].dtype}"
+        np.testing.assert_array_equal(arrays[name], tensor)
+
+
+def rewritten(path: pathlib.Path, content: bytes) -> pathlib.Path:
+    """The archive with another data.pkl."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, old in members.items():
+            archive.writestr(name, content if name.endswith("/data.pkl") else old)
+    return path
+
+
+def scripted(*state: bytes) -> bytes:
+    """A pickle of one object of a class __torch__.M with a state of these opcodes."""
+    return b"\x80\x02c__torch__\nM\nq\x00)\x81q\x01" + b"".join(state) + b"b."
+
+
+def test_hostile_torchscript(tmp_path):
+    path, marker = tmp_path / "model.pt", tmp_path / "marker"
+    torch.jit.script(Scripted().eval()).save(path)
+    call = b"cos\nsystem\n(Vtouch " + str(marker).encode() + b"\ntR"
+    for state, message in (
+        (b"}Vx\n" + call + b"s", r"names os\.system, which is code"),
+        (b"}Vx\nc__torch__.os\nsystem\n(V1\ntRs", "cannot be read"),
+        (b"}Vx\nh\x01s", "in two places"),  # It holds itself.
+        (b"K\x05", "cannot be read"),  # No attributes.
+        (b"}Vx\nh\x00s", "it holds no arrays by name"),  # A class.
+    ):
+        with pytest.raises(UserError, match=message):
+            read_pytorch(rewritten(path, scripted(state)))
+        assert not marker.exists()
+    pickle.loads(b"\x80\x02" + call + b".")
+    assert marker.exists()  # So the test can fail.

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from refseg_jax.errors import UserError
 from refseg_jax.models.layers.conv import ConvNorm
+from refseg_jax.models.layers.positions import sine_positions
 
 VARIANTS = ("v1.5", "v1", "clip")
 
@@ -32,6 +33,8 @@ class ResNetConfig:
             convolutions and an average pool instead of one 7x7 and a maximum pool.
         frozen_stats: normalise by the running statistics also in training, and leave them as they
             are; scales and biases are trained either way.
+        positions: add sine positions to the stem's output. Published weights have none; a small
+            encoder trained from scratch learns place words only with them.
         remat: recompute each block in the backward pass instead of storing its activations.
     """
 
@@ -39,6 +42,7 @@ class ResNetConfig:
     depths: tuple[int, ...] = (3, 4, 23, 3)
     variant: str = "v1.5"
     frozen_stats: bool = False
+    positions: bool = False
     remat: bool = False
 
     def __post_init__(self):
@@ -125,8 +129,12 @@ class ResNet(nn.Module):
         for conv in self.stem:
             x = conv(x, self._by_batch(train))
         if self.config.variant == "clip":
-            return _pool(x)
-        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = _pool(x)
+        else:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        if self.config.positions:
+            x += jnp.asarray(sine_positions(*x.shape[1:]), x.dtype).reshape(x.shape[1:])
+        return x
 
     def stage(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """Stage `i`, counted from 0: -> [B, h', w', widths[i]], half the map's size if i > 0."""

@@ -49,3 +49,55 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + EPSILON)
         return ((x - mean) * factor + bias).astype(self.dtype)
+
+
+class SwitchNorm(nn.Module):
+    """Switchable normalisation (Luo et al., 2019) of maps, in float32 inside.
+
+    Mean and variance are mixtures of those of the instance (each sample's channel), the layer
+    (each sample) and the batch (each channel), with softmax weights learned for each of the two.
+    Parameters `scale`, `bias` [C], `mean_mixture`, `var_mixture` [3] (instance, layer, batch);
+    collection `batch_stats` with the running `mean`, `var` of the batch part, which take its place
+    outside training. Under `jit` on a mesh the batch is the whole one.
+    """
+
+    momentum: float = 0.9
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B,h,w,C] -> same shape; with `train`, by the batch's statistics, which are recorded."""
+        C = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+        mixtures = [
+            jax.nn.softmax(self.param(name, nn.initializers.ones, (3,)))
+            for name in ("mean_mixture", "var_mixture")
+        ]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (C,))
+        x = x.astype(jnp.float32)
+        mean, var = x.mean((1, 2)), x.var((1, 2))  # [B,C], from which the others follow.
+
+        def pooled(axis: int) -> tuple[jax.Array, jax.Array]:
+            return (
+                mean.mean(axis, keepdims=True),
+                var.mean(axis, keepdims=True) + mean.var(axis, keepdims=True),
+            )
+
+        if train:
+            batch = pooled(0)
+            if not self.is_initializing():
+                for running, new in zip((running_mean, running_var), batch, strict=True):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new[0]
+        else:
+            batch = running_mean.value, running_var.value
+        mean, var = (
+            weights[0] * instance + weights[1] * layer + weights[2] * whole
+            for weights, instance, layer, whole in zip(
+                mixtures, (mean, var), pooled(1), batch, strict=True
+            )
+        )
+        factor = scale * jax.lax.rsqrt(var + EPSILON)
+        y = (x - mean[:, None, None]) * factor[:, None, None] + bias
+        return y.astype(self.dtype)

@@ -1,4 +1,6 @@
-"""Post-norm transformer blocks."""
+"""Transformer blocks, post-norm unless said otherwise."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -37,7 +39,8 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward, each ended by `AddNorm` (Vaswani et al.).
 
-    Positions are added to queries and keys, never to values.
+    With `pre_norm` each starts with a LayerNorm instead, and what it adds to is not normalised:
+    queries keep what tells them apart. Positions are added to queries and keys, never to values.
     """
 
     dim: int
@@ -45,6 +48,7 @@ class DecoderLayer(nn.Module):
     ffn_dim: int
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    pre_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -67,13 +71,29 @@ class DecoderLayer(nn.Module):
             train: turns dropout on.
         """
 
-        def attend(x: jax.Array, keys: jax.Array, values: jax.Array, name: str, mask=None):
-            attention = MultiHeadAttention(self.dim, self.heads, self.dtype, name=name)
-            update = attention(x + query_positions, keys, values, mask)
-            return AddNorm(self.dropout, self.dtype, name=f"{name}_end")(x, update, train)
+        def block(x: jax.Array, name: str, update: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            if not self.pre_norm:
+                end = AddNorm(self.dropout, self.dtype, name=f"{name}_end")
+                return end(x, update(x), train)
+            norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")
+            return x + nn.Dropout(self.dropout)(update(norm(x)), deterministic=not train)
 
-        x = attend(queries, queries + query_positions, queries, "self_attention")
-        x = attend(x, memory + key_positions, memory, "cross_attention", memory_mask)
-        return FeedForward(self.dim, self.ffn_dim, self.dropout, self.dtype, name="feed_forward")(
-            x, train
-        )
+        def attention(name: str) -> MultiHeadAttention:
+            return MultiHeadAttention(self.dim, self.heads, self.dtype, name=name)
+
+        def from_each_other(x: jax.Array) -> jax.Array:
+            asking = x + query_positions
+            return attention("self_attention")(asking, asking, x)
+
+        def from_memory(x: jax.Array) -> jax.Array:
+            keys = memory + key_positions
+            return attention("cross_attention")(x + query_positions, keys, memory, memory_mask)
+
+        x = block(queries, "self_attention", from_each_other)
+        x = block(x, "cross_attention", from_memory)
+        if not self.pre_norm:
+            ends = (self.dim, self.ffn_dim, self.dropout, self.dtype)
+            return FeedForward(*ends, name="feed_forward")(x, train)
+        widths = (self.ffn_dim, self.dim)
+        mlp = MLP(widths, dropout=self.dropout, dtype=self.dtype, name="feed_forward")
+        return block(x, "feed_forward", lambda y: mlp(y, train))
