@@ -59,6 +59,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.update(dropout=0.0, sentence="mean", prior=0.05)
         config.optim.update(end_lr=0.0, decay_share=1.0, schedule="poly", weight_decay=0.01)
         if config.data.dataset == "shapes":
-            config.train.update(steps=4000)
+            config.train.update(steps=3750)
             config.eval.threshold = 0.3
     return config

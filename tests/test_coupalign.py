@@ -115,19 +115,47 @@ def test_positions_are_added_to_the_pixels_and_resized_to_another_grid():
     close(ours, apply(larger, {"params": params}, vision, language, token_mask))
 
 
-def test_mask_generator_is_plain_decoder_layers_on_learned_queries():
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_mask_generator_is_decoder_layers_on_learned_queries(pre_norm):
     config = CoupAlignConfig(
-        queries=3, generator_dim=8, heads=2, generator_layers=2, generator_ffn=6
+        queries=3,
+        generator_dim=8,
+        heads=2,
+        generator_layers=2,
+        generator_ffn=6,
+        generator_pre_norm=pre_norm,
     )
     module, fused = MaskGenerator(config), normal(2, 2, 3, 5)
     variables = init(module, fused, train=False)
     params = variables["params"]
+
+    def norm(x):  # Scale and bias are still 1 and 0.
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
     masks = jnp.stack([params["queries"]] * 2)
     memory = linear(fused, params["memory"]).reshape(2, 6, 8)
+    memory = norm(memory) if pre_norm else memory
+    positions = (params["queries"], sine_positions(2, 3, 8))
     for name in ("layer0", "layer1"):
-        positions = (params["queries"], sine_positions(2, 3, 8))
-        masks = apply(DecoderLayer(8, 2, 6), {"params": params[name]}, masks, memory, *positions)
-    close(apply(module, variables, fused, train=False), masks)
+        layer = DecoderLayer(8, 2, 6, pre_norm=pre_norm)
+        masks = apply(layer, {"params": params[name]}, masks, memory, *positions)
+    close(apply(module, variables, fused, train=False), norm(masks) if pre_norm else masks)
+
+
+def test_pre_norm_layer_adds_to_what_it_does_not_normalise():
+    queries, memory = normal(1, 3, 8), normal(1, 4, 8)
+    layer = DecoderLayer(8, 2, 6, pre_norm=True)
+    variables = init(layer, queries, memory)
+    # Blocks that end in 0 leave the queries as they are.
+    silent = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if path[-2].key in ("out", "Dense_1") else x, variables
+    )
+    np.testing.assert_array_equal(apply(layer, silent, queries, memory), queries)
+    # And each block reads its own normalised input: with one silent, the others still act.
+    assert np.abs(apply(layer, variables, queries, memory) - queries).max() > 1e-2
+    scaled = apply(layer, variables, 1000 * queries, memory) - 1000 * queries
+    assert np.abs(scaled).max() < 100
 
 
 def conv3x3(x, layer):
@@ -206,10 +234,11 @@ def test_sma_is_eq_11_and_12_and_its_factored_form_equals_the_printed_one():
 
 def tiny(variant="", **changes):
     config = coupalign.get_config(variant).model
-    config.swin.update(embed_dim=8, num_heads=(1, 1, 2, 2))
+    config.swin.update(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
     config.resnet.update(width=4, depths=(1, 1, 1, 1))
     config.darknet.update(width=4, depths=(1, 1, 1, 1))
-    config.bert.update(hidden=16, heads=2, intermediate=16, vocab_size=50)
+    config.bert.update(hidden=16, layers=4, heads=2, intermediate=16, vocab_size=50)
+    config.wpa_stages = config.wpa_stages and (1, 2, 3, 4)
     config.update(joint_dim=8, heads=2, queries=5, generator_dim=8, generator_layers=1)
     config.update(generator_ffn=8, seg_dim=8, **changes)
     return models.build(config)
@@ -329,10 +358,10 @@ def test_loss_is_eq_13_to_17():
 @pytest.mark.parametrize(
     "variant, vision, total",
     [
-        ("refcoco", 86_876_536, 248_199_288),
-        ("refcoco,swin_small", 48_835_722, 206_318_218),
-        ("refcoco,resnet101", 42_500_160, 211_237_696),
-        ("refcoco,darknet53", 40_584_928, 201_907_680),
+        ("refcoco", 86_876_536, 248_200_312),
+        ("refcoco,swin_small", 48_835_722, 206_319_242),
+        ("refcoco,resnet101", 42_500_160, 211_238_720),
+        ("refcoco,darknet53", 40_584_928, 201_908_704),
     ],
 )
 def test_paper_size(variant, vision, total):
@@ -389,6 +418,6 @@ def test_wrong_fields_are_named(changes, message):
 
 def test_words_need_as_many_layers_in_each_stage():
     config = coupalign.get_config().model
-    config.bert.layers = 6
-    with pytest.raises(UserError, match="bert.layers=6 cannot be shared out evenly among 4"):
+    config.bert.layers = 7
+    with pytest.raises(UserError, match="bert.layers=7 cannot be shared out evenly among 3"):
         models.build(config)

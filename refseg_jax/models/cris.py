@@ -45,8 +45,8 @@ class CRISConfig:
     # "eot": the end mark's state, in the space of images. "mean": of all words, where the end mark
     # is not pretrained.
     sentence: str = "eot"
-    # Of the logits at first the log-odds of this foreground share are the bias: training from
-    # scratch then starts calmly. 0: none, as released.
+    # The sentence's kernel small and its bias, at first, the log-odds of this foreground share:
+    # training from scratch then starts calmly. 0: neither, as released.
     prior: float = 0.0
 
     def __post_init__(self):
@@ -279,8 +279,8 @@ class Projector(nn.Module):
             log_odds = math.log(self.prior / (1 - self.prior)) if self.prior else 0.0
             return jnp.zeros(shape, dtype).at[-1].set(log_odds)
 
-        # As PyTorch draws a linear layer, a third of the usual variance.
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        # As PyTorch draws a linear layer, a third of the usual variance; or small.
+        init = nn.initializers.variance_scaling(0.01 if self.prior else 1 / 3, "fan_in", "uniform")
         said = nn.Dense(
             9 * C + 1, dtype=self.dtype, kernel_init=init, bias_init=start, name="sentence"
         )(sentence)
