@@ -290,6 +290,8 @@ def test_a_run_starts_from_it(openai, pool, tmp_path):
     config = cris.get_config() if pool else jmceln.get_config()
     config.model.vision.update({**dataclasses.asdict(VISION), "pool": pool})
     config.model.text.update(dataclasses.asdict(TEXT))
+    if pool:
+        config.model.neck_dims = (8, TEXT.hidden, 8)
     config.init.clip = str(tmp_path / "clip.safetensors")
     safetensors.numpy.save_file(
         {k: np.ascontiguousarray(v) for k, v in openai.items()}, config.init.clip
