@@ -55,9 +55,12 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.vision.depths = (1, 1, 2)  # The decoder's map at 1/8 instead of 1/16.
         config.model.vision.pool_grid = config.data.image_size // 16
         config.model.text.hidden = 96
-        config.model.update(neck_dims=(32, 96, 96), decoder_layers=1, heads=4, ffn=256)
+        config.model.update(neck_dims=(32, 96, 96), decoder_layers=2, heads=4, ffn=256)
         config.model.update(dropout=0.0, sentence="mean", prior=0.05)
         config.optim.update(end_lr=0.0, decay_share=1.0, schedule="poly", weight_decay=0.01)
+        # The kernel that the sentence gives meets hundreds of numbers in every pixel: at the full
+        # rate the mask jumps from step to step.
+        config.optim.groups = ((r"^projector/sentence/", 0.1, 0.0), *common.GROUPS)
         if config.data.dataset == "shapes":
             config.train.update(steps=3750)
             config.eval.threshold = 0.3

@@ -6,12 +6,12 @@ them `config.json` and `tokenizer.json`, so the directory is all that inference 
 """
 
 import json
-import pathlib
 from typing import Any
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from etils import epath
 
 from refseg_jax.errors import UserError
 from refseg_jax.optim import path_name
@@ -24,7 +24,7 @@ class Checkpoints:
     """The `last` and `best` checkpoints of one run. Use as a context manager: leaving waits."""
 
     def __init__(self, workdir: str):
-        root = pathlib.Path(workdir).absolute() / "checkpoints"
+        root = epath.Path(workdir).absolute() / "checkpoints"
         self.last = ocp.CheckpointManager(
             root / "last",
             options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
@@ -122,7 +122,7 @@ def _differences(saved: Any, abstract: Any) -> list[str]:
 
 
 def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
-    path = pathlib.Path(workdir) / CONFIG_FILE
+    path = epath.Path(workdir) / CONFIG_FILE
     path.write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
 
 
@@ -132,7 +132,7 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: `workdir` is not the directory of a run.
     """
-    path = pathlib.Path(workdir) / CONFIG_FILE
+    path = epath.Path(workdir) / CONFIG_FILE
     try:
         return ml_collections.ConfigDict(json.loads(path.read_text()))
     except FileNotFoundError:
@@ -145,7 +145,7 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
 
 def any_saved(workdir: str) -> bool:
     """Whether the run in `workdir` has a checkpoint of either kind."""
-    steps = (pathlib.Path(workdir) / "checkpoints").glob("*/*")
+    steps = (epath.Path(workdir) / "checkpoints").glob("*/*")
     return any(step.name.isdigit() for step in steps)  # Not what a kill left half-written.
 
 

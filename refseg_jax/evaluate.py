@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 import zlib
@@ -23,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -404,4 +404,4 @@ def to_json(result: Result) -> dict[str, Any]:
 def write_json(path: str | os.PathLike, results: Mapping[str, Result], **more: Any) -> None:
     """Writes {"results": {split: ...}, **more} as one JSON object."""
     content = {**more, "results": {split: to_json(r) for split, r in results.items()}}
-    pathlib.Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    epath.Path(path).write_text(json.dumps(content, indent=2) + "\n")

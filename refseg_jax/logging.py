@@ -1,12 +1,11 @@
 """JSON lines, TensorBoard and a progress bar behind one small writer."""
 
 import json
-import pathlib
 import sys
 import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from etils import epath
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -14,7 +13,7 @@ METRICS_FILE = "metrics.jsonl"
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """The rows written so far; a last line cut off by a kill is left out."""
-    path = pathlib.Path(workdir) / METRICS_FILE
+    path = epath.Path(workdir) / METRICS_FILE
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -35,11 +34,15 @@ class MetricWriter:
         self.active = active
         if not active:
             return
-        path = pathlib.Path(workdir) / METRICS_FILE
+        from tensorboardX import SummaryWriter  # Late: where PyTorch is, it loads that too.
+
+        self._path = epath.Path(workdir) / METRICS_FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
+        self._text = "".join(json.dumps(row) + "\n" for row in kept)
+        self._path.write_text(self._text)
+        # A bucket's files cannot grow: there the whole is written again with every row.
+        self._file = self._path.open("a") if "://" not in str(workdir) else None
+        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -60,8 +63,13 @@ class MetricWriter:
         if not self.active:
             return
         row = {"step": step, **{name: float(value) for name, value in scalars.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        line = json.dumps(row) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._text += line
+            self._path.write_text(self._text)
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, step)
@@ -79,4 +87,5 @@ class MetricWriter:
         if self.active:
             self._bar.close()
             self._board.close()
-            self._file.close()
+            if self._file:
+                self._file.close()

@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,6 +17,9 @@ flags.DEFINE_string("workdir", None, "The run's directory (default: runs/ and th
 flags.DEFINE_enum(
     "mode", "both", ["train", "evaluate", "both"], "Train, evaluate the best checkpoint, or both."
 )
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def fail(message: str) -> None:
@@ -33,6 +37,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         flags.FLAGS.config.lock()  # A config that could not be loaded says so at its first use.
         if len(remaining) > 1:
             raise UserError(f"unexpected argument {remaining[1]!r}")
+        check_processes(*process_flags())
         return remaining
     except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError) as e:
         # Where a config file itself raises, the text is a traceback that ends with the reason.
@@ -40,24 +45,71 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(text.strip().splitlines()[-1] if "Traceback" in text else text)
 
 
+def process_flags() -> tuple[str | None, int | None, int | None]:
+    """--coordinator, --num_processes and --process_id."""
+    return flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
+
+
+def check_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Raises a UserError where the three flags do not name one process of a run."""
+    given = [x is not None for x in (coordinator, count, index)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num_processes and --process_id go together: give all")
+    if not all(given):
+        return
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdigit()):
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, e.g. 10.0.0.1:8476")
+    if index >= count:
+        raise UserError(f"--process_id={index} is not one of 0 to {count - 1} (--num_processes)")
+
+
+def cpu_devices() -> int:
+    """Devices that this process makes of the CPU: its share of the machine's.
+
+    Processes with a coordinator on this machine are all on it.
+    """
+    coordinator, count, _ = process_flags()
+    here = (coordinator or "").rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")
+    devices = min(flags.FLAGS.config.mesh.cpu_devices, os.cpu_count())
+    return max(1, devices // (count if here else 1))
+
+
 def main(_: list[str]) -> None:
     begun = time.time()
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
     option = "--xla_force_host_platform_device_count"
     if option not in os.environ.get("XLA_FLAGS", ""):
-        count = min(flags.FLAGS.config.mesh.cpu_devices, os.cpu_count())
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {option}={count}"
-    from refseg_jax import run  # Late, so that --help and a typo answer at once.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {option}={cpu_devices()}"
+    # Late, so that --help and a typo answer at once.
+    import jax
+
+    from refseg_jax import processes, run
+    from refseg_jax.train import Stopped
 
     # configs/alignformer.py:refcoco,small -> runs/alignformer_refcoco_small
     path, _, variant = flags.FLAGS["config"].config_filename.partition(":")
     default = "_".join([f"runs/{pathlib.Path(path).stem}", *filter(None, variant.split(","))])
+    workdir = flags.FLAGS.workdir or default
+    processes.use_compile_cache()
+    peers = None
     try:
-        summary = run.run(flags.FLAGS.config, flags.FLAGS.workdir or default, flags.FLAGS.mode)
+        peers = processes.join(*process_flags())
+        if jax.default_backend() == "cpu":
+            processes.keep_memory()
+        summary = run.run(flags.FLAGS.config, workdir, flags.FLAGS.mode, begun)
     except UserError as e:
+        if peers and not isinstance(e, Stopped):  # That is no fault, and all stop at one step.
+            peers.fail(str(e))
         fail(str(e))
-    summary["seconds"] = round(time.time() - begun, 1)
-    print(json.dumps(summary), flush=True)
+    except (Exception, KeyboardInterrupt) as e:
+        if peers:
+            traceback.print_exc()
+            peers.fail(f"{type(e).__name__}: {e}", status=1)
+        raise
+    if jax.process_index() == 0:
+        summary["seconds"] = round(time.time() - begun, 1)
+        print(json.dumps(summary), flush=True)
 
 
 if __name__ == "__main__":

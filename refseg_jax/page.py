@@ -4,11 +4,11 @@ import base64
 import html
 import io
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 _STYLE = """
@@ -80,14 +80,14 @@ def write(path: str | os.PathLike, title: str, sections: Iterable[str]) -> None:
       title: the heading, as plain text.
       sections: HTML. Whatever is text in it went through `text`.
     """
-    pathlib.Path(path).write_text(
+    page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{text(title)}</h1>{''.join(sections)}</body></html>\n",
-        encoding="utf-8",
-        errors="xmlcharrefreplace",  # Text of damaged files may be no Unicode.
+        f"<body><h1>{text(title)}</h1>{''.join(sections)}</body></html>\n"
     )
+    # Text of damaged files may be no Unicode.
+    epath.Path(path).write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def text(value: Any) -> str:

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 from PIL import Image, ImageOps
 
 from refseg_jax import checkpoint, models, pictures
@@ -23,6 +24,7 @@ from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.models.layers.resize import resize_bicubic, resize_bilinear
+from refseg_jax.processes import use_compile_cache
 from refseg_jax.train_state import init_variables
 
 INPUTS = ("image", "tokens", "token_mask")  # What of a batch the model sees.
@@ -176,7 +178,7 @@ class Predictor:
         return cls(
             model,
             variables,
-            Tokenizer.load(pathlib.Path(workdir) / checkpoint.TOKENIZER_FILE),
+            Tokenizer.load(epath.Path(workdir) / checkpoint.TOKENIZER_FILE),
             config.data.image_size,
             config.data.max_tokens,
             config.eval.threshold,
@@ -276,6 +278,7 @@ def describe(result: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for bad input."""
     arguments = _arguments(argv)
+    use_compile_cache()
     try:
         result = run(arguments)
     except UserError as e:

@@ -1,11 +1,11 @@
 """A run from start to end: its directory, training, evaluation, report, and the summary."""
 
 import json
-import pathlib
 from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from refseg_jax import checkpoint, data, details, evaluate
 from refseg_jax.data.tokenizer import Tokenizer
@@ -25,8 +25,12 @@ FREE_FIELDS = (
 EXPLAINED = 4  # Examples, at most, of which the report shows how the mask came about.
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, mode: str) -> dict[str, Any]:
+def run(
+    config: ml_collections.ConfigDict, workdir: str, mode: str, begun: float | None = None
+) -> dict[str, Any]:
     """Trains and evaluates in `workdir` ("both"), or does one of them. Returns the summary.
+
+    `begun` is the time at which the program started, by default now.
 
     Raises:
       UserError: see `train` and `evaluate_run`.
@@ -37,7 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, mode: str) -> dict[str,
     tokenizer = prepare(config, workdir)
     summary = {}
     if mode != "evaluate":
-        summary["steps"] = train(config, tokenizer, workdir)
+        summary = train(config, tokenizer, workdir, begun)
     if mode != "train":
         summary |= evaluate_run(config, tokenizer, workdir)
     return {**summary, "workdir": workdir}
@@ -51,7 +55,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
     Raises:
       UserError: `workdir` holds a run with another config (the fields are listed).
     """
-    root = pathlib.Path(workdir)
+    root = epath.Path(workdir)
     # Without a checkpoint there is nothing that another config could spoil: a first attempt failed.
     started = (root / checkpoint.CONFIG_FILE).exists() and checkpoint.any_saved(workdir)
     tokenizer_path = root / checkpoint.TOKENIZER_FILE
@@ -65,7 +69,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
             )
     elif jax.process_index() == 0:
         root.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(tokenizer_path))
+        tokenizer.save(tokenizer_path)
         checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
     return tokenizer
 
@@ -138,11 +142,11 @@ def evaluate_run(
     splits = dict.fromkeys((select, *config.data.eval_splits))
     results = {split: sweep(split, keep_examples=config.eval.examples) for split in splits}
     shuffled = sweep(select, shuffle_text=True)
-    report = pathlib.Path(workdir) / "report.html"
+    report = epath.Path(workdir) / "report.html"
     if jax.process_index() == 0:
         everything = {**results, f"{select} (shuffled expressions)": shuffled}
         print(evaluate.format_table(everything))
-        evaluate.write_json(pathlib.Path(workdir) / "results.json", everything)
+        evaluate.write_json(epath.Path(workdir) / "results.json", everything)
         write_report(
             report,
             title=f"{config.model.name} on {config.data.dataset}",

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 
 from refseg_jax import checkpoint, data, evaluate, models
 from refseg_jax.data import pipeline
@@ -23,6 +24,7 @@ from refseg_jax.errors import UserError
 from refseg_jax.logging import MetricWriter
 from refseg_jax.optim import make_optimizer
 from refseg_jax.predict import make_predict_step
+from refseg_jax.processes import agree, meet
 from refseg_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding, to_device
 from refseg_jax.train_state import TrainState, init_state, init_variables
 from refseg_jax.weights.initial import load_initial
@@ -102,29 +104,80 @@ def total_steps(config: ml_collections.ConfigDict, source: Any) -> int:
     return math.ceil(config.train.epochs * samples / config.train.batch_size)
 
 
+class Stopped(UserError):
+    """The run was told to stop, and is saved; with several processes, all raise it at one step."""
+
+
 class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the loop can save before it leaves."""
+    """Remembers SIGTERM and SIGINT, so that the loop can save before it leaves.
+
+    With several processes JAX catches SIGTERM: that of any process reaches all of them, and they
+    agree on the step to stop at.
+    """
 
     def __init__(self):
         self.signal = None
+        self._several = jax.process_count() > 1
         self._previous = {}
 
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after every step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = "SIGTERM"
+        return self.signal is not None
+
     def _note(self, number, _):
-        self.signal = signal.Signals(number).name
         self._restore()  # A second signal is not caught.
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self.signal = signal.Signals(number).name
 
     def _restore(self):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        self._caught = threading.current_thread() is threading.main_thread()
+        if self._caught:
+            for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc):
         self._restore()
+        if self._several and self._caught:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Nobody would heed it from here on.
+
+
+class FirstStep:
+    """Times the way to the end of the first step. Use as a context manager.
+
+    Attributes:
+      seconds: from `begun` (a time, by default now) to that end; None before it.
+      compiling: how many of them went into compiling, or reading what was compiled before.
+    """
+
+    def __init__(self, begun: float | None = None):
+        self.begun = time.time() if begun is None else begun
+        self.seconds, self.compiling = None, 0.0
+
+    def __enter__(self) -> "FirstStep":
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *exc):
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+    def _note(self, event, seconds, **_):
+        if self.seconds is None and event == "/jax/core/compile/backend_compile_duration":
+            self.compiling += seconds
+
+    def taken(self, scalars: dict[str, jax.Array]) -> str:
+        """Waits for `scalars` of the first step, and returns a line that says how long it took."""
+        jax.block_until_ready(scalars)
+        self.seconds = time.time() - self.begun
+        return f"first step after {self.seconds:.1f} s (of which compiling {self.compiling:.1f} s)"
 
 
 class Trainer:
@@ -236,14 +289,32 @@ def evaluation_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     )
 
 
-def train(config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) -> int:
-    """Trains to the last step, resuming what `workdir` holds. Returns the number of steps.
+def train(
+    config: ml_collections.ConfigDict,
+    tokenizer: Tokenizer,
+    workdir: str,
+    begun: float | None = None,
+) -> dict[str, Any]:
+    """Trains to the last step, resuming what `workdir` holds.
+
+    Returns what the summary says of it: steps, and seconds_to_first_step since the time `begun`
+    (by default now), if there was a step to take.
 
     Raises:
-      UserError: the loss or the gradient is not finite (the last good checkpoint is kept), the
-        run was told to stop (it is saved), or something in config or data is wrong.
+      Stopped: the run was told to stop.
+      UserError: the loss or the gradient is not finite (the last good checkpoint is kept), or
+        something in config or data is wrong.
     """
-    with checkpoint.Checkpoints(workdir) as checkpoints, StopRequest() as stop:
+    with (
+        checkpoint.Checkpoints(workdir) as checkpoints,
+        StopRequest() as stop,
+        FirstStep(begun) as first,
+    ):
+        if not agree(checkpoints.last.latest_step() or 0):
+            raise UserError(
+                f"the processes find different checkpoints in {workdir}: it must be on storage "
+                "that all of them share"
+            )
         trainer = Trainer(config, tokenizer, checkpoints)
         start = int(trainer.state.step)
         writer = MetricWriter(workdir, start, trainer.steps, active=jax.process_index() == 0)
@@ -263,13 +334,16 @@ def train(config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str)
                     f"{cut} of {checked} training expressions are longer than "
                     f"config.data.max_tokens={config.data.max_tokens} and lose their end"
                 )
-            _loop(trainer, checkpoints, writer, stop, start)
+            _loop(trainer, checkpoints, writer, stop, first, start)
         finally:
             writer.close()
-    return trainer.steps
+    summary = {"steps": trainer.steps}
+    if first.seconds is not None:
+        summary["seconds_to_first_step"] = round(first.seconds, 1)
+    return summary
 
 
-def _loop(trainer, checkpoints, writer, stop, start):
+def _loop(trainer, checkpoints, writer, stop, first, start):
     config, total = trainer.config, trainer.steps
     predict_fn = make_predict_step(trainer.model, batch_sharding(trainer.mesh))
     select_source = data.open_source(config.data, config.data.select_split)
@@ -278,10 +352,18 @@ def _loop(trainer, checkpoints, writer, stop, start):
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.
     for step, batch in enumerate(batches, start + 1):
-        state, scalars = trainer.step_fn(state, to_device(batch, trainer.mesh))
+        batch = to_device(batch, trainer.mesh)
+        if first.seconds is None:
+            trainer.step_fn.lower(state, batch).compile()
+            meet()
+        state, scalars = trainer.step_fn(state, batch)
         record.add(step, scalars)
+        if first.seconds is None:
+            writer.say(first.taken(scalars))
+            record.once["seconds_to_first_step"] = first.seconds
         evaluating = step == total or step % config.train.eval_every == 0
-        if not (evaluating or stop.signal or step % config.train.checkpoint_every == 0):
+        stopping = stop.after(step)
+        if not (evaluating or stopping or step % config.train.checkpoint_every == 0):
             continue
         record.flush()  # A step that went wrong must not be saved.
         if evaluating:
@@ -305,8 +387,8 @@ def _loop(trainer, checkpoints, writer, stop, start):
             )
         checkpoints.save_last(state)
         record.restart_clock()
-        if stop.signal and step < total:
-            raise UserError(
+        if stopping and step < total:
+            raise Stopped(
                 f"stopped by {stop.signal} at step {step}, which is saved: "
                 "run the same command again to go on"
             )
@@ -320,6 +402,7 @@ class Recorder:
         self.pending = None
         self.saved = start
         self.rows = []
+        self.once = {}  # What the next row says, and no other.
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -352,6 +435,7 @@ class Recorder:
             seconds = time.perf_counter() - self.since
             means["lr"] = float(self.schedule(jnp.asarray(step - 1)))
             means["images_per_second"] = self.counted * self.config.batch_size / seconds
-            self.writer.write(step, means)
+            self.writer.write(step, means | self.once)
             self.rows.clear()
+            self.once.clear()
             self.restart_clock()

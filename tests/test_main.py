@@ -36,6 +36,11 @@ def main(*arguments):
         (["--config", "configs/alignformer.py", "--config.model.fusion=both"], "fusion='both'"),
         (["--config", "configs/alignformer.py", "--config.data.sampling=all"], "sampling"),
         (["--config", "configs/alignformer.py", "--mode", "evaluate"], "not the directory of a"),
+        (["--config", "configs/alignformer.py", "--process_id=0"], "go together"),
+        (["--config", "configs/alignformer.py", "--coordinator=here", "--num_processes=2",
+          "--process_id=0"], "HOST:PORT"),
+        (["--config", "configs/alignformer.py", "--coordinator=here:1", "--num_processes=2",
+          "--process_id=2"], "--process_id=2"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments, expected, tmp_path):
@@ -56,7 +61,7 @@ def test_a_whole_run_and_evaluating_it_again(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["steps"] == 6 and summary["workdir"] == str(workdir)
-    assert summary["seconds"] > 0
+    assert summary["seconds"] > summary["seconds_to_first_step"] > 0
     for name in ("val/mIoU", "val/oIoU", "testA/mIoU", "testB/oIoU", "val/mIoU_shuffled"):
         assert 0 <= summary[name] <= 1
     html = pathlib.Path(summary["report"]).read_text()

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from refseg_jax.errors import UserError
@@ -74,8 +75,9 @@ class Tokenizer:
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes one JSON file; `path` is the file, or a folder in which it gets `FILE_NAME`."""
-        path = pathlib.Path(path)
-        self._backend.save(str(path / FILE_NAME if path.is_dir() else path))
+        path = epath.Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     def __reduce__(self):
         return _from_json, (self._backend.to_str(),)
@@ -88,7 +90,7 @@ class Tokenizer:
         bpe_simple_vocab_16e6.txt.gz is read too. Raises UserError when the file is not a tokenizer
         or the name is not known.
         """
-        path = pathlib.Path(name)
+        path = epath.Path(name)
         if path.is_dir():
             files = [path / file for file in (FILE_NAME, "vocab.txt", "vocab.json")]
             path = next((file for file in files if file.is_file()), None)
@@ -150,7 +152,7 @@ def _from_file(path: pathlib.Path) -> tokenizers.Tokenizer:
         ends = [f"{character}</w>" for character in alphabet]
         pieces = [*alphabet, *ends, *map("".join, merges), _START, _END]
         return _clip({piece: i for i, piece in enumerate(pieces)}, merges)
-    return tokenizers.Tokenizer.from_file(str(path))
+    return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
 
 
 def _pairs(text: str) -> list[tuple[str, ...]]:

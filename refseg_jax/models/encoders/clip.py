@@ -177,8 +177,10 @@ class ClipText(nn.Module):
         c = self.config
         layer = nn.remat(ClipTextLayer) if c.remat else ClipTextLayer
         normal = nn.initializers.normal
-        self.word = nn.Embed(c.vocab_size, c.hidden, self.dtype, embedding_init=normal(0.02))
-        self.positions = self.param("positions", normal(0.01), (c.max_positions, c.hidden))
+        # CLIP starts from deviations of 0.02 and 0.01, which the first layer's outputs drown: from
+        # scratch, words and their order were learned later.
+        self.word = nn.Embed(c.vocab_size, c.hidden, self.dtype, embedding_init=normal(1.0))
+        self.positions = self.param("positions", normal(0.5), (c.max_positions, c.hidden))
         self.blocks = [layer(c, self.dtype) for _ in range(c.layers)]
         self.norm = _norm(self.dtype)
         self.projection = self.param("projection", normal(c.hidden**-0.5), (c.hidden, c.embed_dim))

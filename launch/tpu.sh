@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU VM pod, asked for as a queued resource.
+#
+#   launch/tpu.sh ACTION --name NAME --zone ZONE [OPTIONS] [-- --config ... --workdir gs://...]
+#
+#   keep     create, install and start; the same again after every preemption; once the run is
+#            finished, delete. May be ended and started again at any time. Or step by step:
+#   create   ask for the pod
+#   state    what has become of the request: ACTIVE is ready
+#   install  copy the code to every worker, and install it there
+#   start    start training on every worker, or start it anew: it resumes
+#   watch    follow the log of worker 0
+#   stop     end training on every worker: the run is saved
+#   delete   delete the pod and the request
+#
+#   --name NAME        of the pod and of the request
+#   --zone ZONE        where, e.g. us-west4-a
+#   --project PROJECT  of Google Cloud (gcloud's own setting)
+#   --type TYPE        accelerator, e.g. v5litepod-16 (for keep, create)
+#   --runtime VERSION  TPU software, e.g. v2-alpha-tpuv5-lite (for keep, create)
+#   --spot             may be preempted
+#   --restarts N       failures on one pod until keep gives up (10)
+#   --every S          seconds between two looks of keep (60)
+#   --dry-run          print the commands
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+
+name='' zone='' project='' type='' runtime='' spot='' restarts=10 every=60
+options='name zone project type runtime restarts every'
+switches=spot actions='keep create state install start watch stop delete'
+parse "$@"
+[[ $action ]] || fail "one of these is missing: $actions (see $0 --help)"
+require_name
+require zone
+count restarts every
+where=(--zone="$zone" ${project:+--project="$project"})
+
+# The service that systemd runs on each worker. At a shutdown it gets SIGTERM and time to save.
+service=refseg
+archive=build/refseg_jax.tar.gz
+
+# on WORKER COMMAND: runs a shell command on one worker or on `all`.
+on() {
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
+}
+
+create() {
+  require type runtime
+  run gcloud compute tpus queued-resources create "$name" "${where[@]}" --node-id="$name" \
+    --accelerator-type="$type" --runtime-version="$runtime" ${spot:+--spot}
+}
+
+state() {
+  run gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
+    --format='value(state.state)'
+}
+
+install() {
+  # The system's Python may be older than ours; uv brings one.
+  run mkdir -p "$repo/build" &&
+    run tar -czf "$repo/$archive" -C "$repo" --exclude=__pycache__ \
+      pyproject.toml requirements.txt configs refseg_jax &&
+    run gcloud compute tpus tpu-vm scp "$repo/$archive" "$name:" "${where[@]}" --worker=all &&
+    on all "mkdir -p refseg_jax && tar -xzf ${archive##*/} -C refseg_jax && cd refseg_jax && \
+python3 -m pip install --quiet --user uv && \
+{ [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python 3.11 .venv; } && \
+python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
+}
+
+start() {
+  require_bucket
+  # First what still runs, or is remembered as failed, is ended. KillMode: its input workers are
+  # not signaled. LimitMEMLOCK: libtpu pins memory. systemd reads `$$` as `$`.
+  on all "{ sudo systemctl stop $service; sudo systemctl reset-failed $service; } 2>/dev/null; \
+cd refseg_jax && sudo systemd-run --unit=$service --remain-after-exit --uid=\"\$(id -u)\" \
+--working-directory=\"\$PWD\" --setenv=PYTHONUNBUFFERED=1 --property=KillMode=mixed \
+--property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity -- \
+\"\$PWD/.venv/bin/python\" -m refseg_jax.main $(quote "${training[@]//\$/\$\$}")"
+}
+
+# What training on worker 0 is: running, exited (finished), failed, or dead (never started).
+progress() { on 0 "systemctl show $service --property=SubState --value"; }
+
+watch() { on 0 "sudo journalctl --unit=$service --lines=100 --follow --output=cat"; }
+
+stop() { on all "sudo systemctl stop $service"; }
+
+delete() {
+  run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+}
+
+failures=0
+failed() {
+  ((++failures <= restarts)) || fail "$1, and --restarts $restarts are used up"
+  note "$1 ($failures of $restarts)"
+}
+
+# One look, and what follows from it; true once the run is finished.
+look() {
+  local answer
+  if ! answer=$(state 2>&1); then
+    # Anything but a clear "there is none" may pass, such as a broken line.
+    [[ $answer == *NOT_FOUND* ]] || failed "${answer##*$'\n'}"
+    [[ $answer != *NOT_FOUND* ]] || create || fail "the request for a pod was refused"
+    return 1
+  fi
+  case ${answer##*[[:space:]]} in
+    ACTIVE) ;;
+    SUSPENDED)
+      note "preempted"
+      failures=0
+      delete || failed "the pod could not be deleted"
+      return 1
+      ;;
+    FAILED)
+      failed "the request failed"
+      delete || true
+      return 1
+      ;;
+    *) note "$answer" && return 1 ;;
+  esac
+  answer=$(progress 2>/dev/null) || answer='no answer'
+  case ${answer##*[[:space:]]} in
+    exited) return 0 ;;
+    dead) { install && start; } || failed "training could not be started" ;;
+    failed)
+      failed "training failed: launch/tpu.sh watch shows why"
+      start || true
+      ;;
+    *) note "$answer" ;;
+  esac
+  return 1
+}
+
+keep() {
+  require type runtime
+  require_bucket
+  if [[ $dry_run ]]; then
+    create
+    note "until it prints ACTIVE:" && state
+    install
+    start
+    note "until it prints exited:" && progress
+    note "after a preemption (SUSPENDED), and then all of the above again; and at the end:"
+  else
+    until look; do sleep "$every"; done
+    note "the run is finished"
+  fi
+  delete
+}
+
+"$action"

@@ -1,0 +1,164 @@
+"""The process and its peers: start-up, and ending together."""
+
+import atexit
+import contextlib
+import ctypes
+import itertools
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed  # Its key-value store has no public name.
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from refseg_jax.errors import UserError
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that large arrays leave behind, where glibc manages it.
+
+    Given back it would come anew, page by page, at every step: a sixth of the time of a small
+    model's steps on a CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # Another C library.
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # As malloc.h numbers them.
+    for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+        mallopt(option, value)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs for the next start; call it before the first one is compiled.
+
+    They lie in `refseg_jax/compiled` of the user's cache directory, or where the variable
+    JAX_COMPILATION_CACHE_DIR says. JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        path = pathlib.Path(home, "refseg_jax", "compiled")
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # No home, or not one to write to.
+        return
+    if os.access(path, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def join(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> "Peers | None":
+    """Makes this process one of several; call it before anything runs on a device.
+
+    Without arguments the cluster is asked that JAX finds itself on (a TPU pod, SLURM, Open MPI,
+    Kubernetes). Returns None where there are no others, as on a plain machine.
+
+    Args:
+      coordinator: "host:port" of process 0, which listens there.
+      num_processes, process_id: how many there are, and which of them this is, from 0.
+
+    Raises:
+      UserError: the others are not found.
+    """
+    if num_processes != 1:
+        if process_id:
+            _wait_for(coordinator)
+        try:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        except (ValueError, RuntimeError, OSError) as e:
+            where = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+            if where or not isinstance(e, ValueError):  # Else no cluster was found.
+                place = f" at {where}" if where else ""
+                raise UserError(f"the other processes were not found{place}: {e}") from e
+    return Peers() if distributed.global_state.num_processes > 1 else None
+
+
+def _wait_for(coordinator: str, seconds: float = 300.0) -> None:
+    """Returns when `coordinator` listens: JAX would abort the process if it never does."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as e:
+            if time.monotonic() > deadline:
+                raise UserError(f"no process 0 at --coordinator={coordinator}: {e}") from e
+            time.sleep(0.5)
+
+
+class Peers:
+    """The other processes of the run: when one fails, all of them end, and say why.
+
+    A process would otherwise wait in a collective for one that has gone.
+    """
+
+    _KEY = "refseg_jax/failed"
+    _GRACE = 5.0  # Seconds to fail of itself (most faults are everybody's), or to take leave.
+
+    def __init__(self):
+        self._client = distributed.global_state.client
+        self._leaving = threading.Lock()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        atexit.register(self._end)
+
+    def fail(self, message: str, status: int = 2) -> NoReturn:
+        """Ends every process: this one with `message`, the others naming this one as well."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another failed first.
+            name = f"process {distributed.global_state.process_id}"
+            self._client.key_value_set(self._KEY, f"{name}: {message}")
+        self._leave(message, status)
+
+    def _watch(self):
+        while not self._over.wait(1.0):
+            # Asked, not waited for: no thread may be inside JAX when Python ends.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # Not there, so all is well.
+                message = self._client.key_value_try_get(self._KEY)
+                if not self._over.wait(self._GRACE):
+                    self._leave(message, 2)
+
+    def _end(self):
+        self._over.set()
+        self._watcher.join()
+
+    def _leave(self, message, status):
+        if not self._leaving.acquire(blocking=False):
+            threading.Event().wait()  # The other thread is about to end this process.
+        tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.stdout.flush()
+        # Together, for the first to go would look like a crash to the others; but not forever.
+        goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        goodbye.start()
+        goodbye.join(3 * self._GRACE)
+        os._exit(status)
+
+
+_meetings = itertools.count()
+
+
+def meet() -> None:
+    """Waits until all processes have come here, up to an hour.
+
+    Collectives between CPUs wait half a minute, and a compiler may be slower than another by more.
+    """
+    if jax.process_count() > 1:
+        name = f"refseg_jax/meeting {next(_meetings)}"
+        distributed.global_state.client.wait_at_barrier(name, 3_600_000)
+
+
+def agree(value: int) -> bool:
+    """Whether `value` is the same on all processes; call it on all of them."""
+    if jax.process_count() == 1:
+        return True
+    meet()
+    return len(set(multihost_utils.process_allgather(np.int32(value)).tolist())) == 1

@@ -1,0 +1,59 @@
+"""A run's directory in a bucket: what lies beside the checkpoints is written and read there."""
+
+import json
+
+import fsspec
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from refseg_jax import checkpoint, logging, run
+from refseg_jax.data import load_tokenizer
+from tests import tiny
+
+
+class Bucket(MemoryFileSystem):
+    """What gs:// addresses lead to here."""
+
+    store, pseudo_dirs = {}, [""]
+    protocol = ("gcs", "gs")
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("gs://", "memory://"))
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty gs:// folder."""
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: Bucket())
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    return "gs://bucket/run"
+
+
+def test_a_run_begins_in_a_bucket_and_is_found_again(bucket):
+    config = tiny.config()
+    tokenizer = run.prepare(config, bucket)
+    assert json.loads(checkpoint.read_config(bucket).to_json()) == json.loads(config.to_json())
+    again = load_tokenizer(f"{bucket}/{checkpoint.TOKENIZER_FILE}")
+    assert again.tokens("second circle") == tokenizer.tokens("second circle")
+    assert not checkpoint.any_saved(bucket)
+    (epath.Path(bucket) / "checkpoints" / "last" / "5").mkdir(parents=True)
+    assert checkpoint.any_saved(bucket)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_metrics_are_there_after_every_row(bucket, remote, tmp_path, monkeypatch):
+    workdir = bucket if remote else str(tmp_path)
+    board = type("Board", (), {"add_scalar": lambda *_: None, "close": lambda _: None})
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path: board())
+    writer = logging.MetricWriter(workdir, 0, 4)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step / 2, "images_per_second": 1.0})
+        assert [row["step"] for row in logging.read_metrics(workdir)] == list(range(1, step + 1))
+    writer.close()
+    writer = logging.MetricWriter(workdir, 2, 4)  # Resumed at step 2.
+    writer.write(4, {"loss": 0.1, "images_per_second": 1.0})
+    writer.close()
+    assert [row["step"] for row in logging.read_metrics(workdir)] == [1, 2, 4]
