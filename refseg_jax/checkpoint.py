@@ -24,7 +24,9 @@ class Checkpoints:
     """The `last` and `best` checkpoints of one run. Use as a context manager: leaving waits."""
 
     def __init__(self, workdir: str):
-        root = epath.Path(workdir).absolute() / "checkpoints"
+        root = epath.Path(workdir) / "checkpoints"
+        if "://" not in str(workdir):
+            root = root.absolute()
         self.last = ocp.CheckpointManager(
             root / "last",
             options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),

@@ -43,6 +43,15 @@ def test_a_run_begins_in_a_bucket_and_is_found_again(bucket):
     assert checkpoint.any_saved(bucket)
 
 
+def test_checkpoints_of_a_bucket_go_there(bucket, monkeypatch):
+    folders = []
+    monkeypatch.setattr(
+        checkpoint.ocp, "CheckpointManager", lambda folder, **_: folders.append(str(folder))
+    )
+    checkpoint.Checkpoints(bucket)
+    assert folders == [f"{bucket}/checkpoints/last", f"{bucket}/checkpoints/best"]
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_metrics_are_there_after_every_row(bucket, remote, tmp_path, monkeypatch):
     workdir = bucket if remote else str(tmp_path)
