@@ -69,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.darknet.update(width=8, depths=(1, 1, 2))
         config.optim.update(end_lr=0.0, decay_share=1.0)
         if config.data.dataset == "shapes":  # A step takes less time than the other models'.
-            config.train.update(steps=4000)
+            config.train.update(steps=5400)
 
     if "resnet101" in words:
         config.model.backbone = "resnet"
