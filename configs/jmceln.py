@@ -50,12 +50,12 @@ def get_config(variant: str = "") -> ConfigDict:
     if common.is_small(words):
         common.make_small(config)
         # On a coarser map than 1/16 the sentence could not tell the objects apart.
-        config.model.vision.depths = (1, 1, 2)
+        config.model.vision.update(width=24, depths=(1, 1, 2))
         config.model.levels = 2
-        config.model.update(dim=64, heads=4, window=5, dilations=(1, 2, 3, 4))
+        config.model.update(dim=96, heads=4, window=5, dilations=(1, 2, 3, 4))
         config.model.update(stages=3, queries=10, doublings=2, sentence="mean", prior=0.05)
-        if config.data.dataset == "shapes":  # A step takes less time than the other models'.
-            config.train.update(steps=5500)
+        if config.data.dataset == "shapes":
+            config.train.update(steps=3300)
             config.eval.threshold = 0.3
 
     if words & {"baseline", "no_lsran"}:
