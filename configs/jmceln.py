@@ -53,9 +53,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.vision.update(width=24, depths=(1, 1, 2))
         config.model.levels = 2
         config.model.update(dim=96, heads=4, window=5, dilations=(1, 2, 3, 4))
-        config.model.update(stages=3, queries=10, doublings=2, sentence="mean", prior=0.05)
+        config.model.update(stages=2, queries=10, doublings=2, sentence="mean", prior=0.05)
         if config.data.dataset == "shapes":
-            config.train.update(steps=3300)
+            config.train.update(steps=3600)
             config.eval.threshold = 0.3
 
     if words & {"baseline", "no_lsran"}:

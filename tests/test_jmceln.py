@@ -313,7 +313,7 @@ def test_rows_of_table_2_have_their_parts_only(variant, present, absent):
     changes = dict(stages=0) if variant in ("baseline", "no_cascade") else {}
     model, arguments = tiny(variant, **changes), inputs()
     assert jmceln.get_config(variant).model.adaptive == (variant != "no_adaptive")
-    assert jmceln.get_config(variant).model.stages == changes.get("stages", 3)
+    assert jmceln.get_config(variant).model.stages == changes.get("stages", 2)
     variables = jax.eval_shape(model.init, jax.random.key(0), *arguments)
     flat = traverse_util.flatten_dict(variables["params"])
     paths = {path[0] for path in flat} | {"/".join(path[:2]) for path in flat}
