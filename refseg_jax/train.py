@@ -1,5 +1,6 @@
 """Training: one pure step, and the loop around it."""
 
+import functools
 import math
 import signal
 import threading
@@ -80,10 +81,11 @@ def train_step(
         )
         grads, scalars = jax.tree.map(lambda x: x.mean(0), stacked)
 
-    if jax.default_backend() == "cpu":
-        # Without it XLA's CPU compiler fuses the optimiser into the gradients' reductions, which
-        # are then computed several times over: the step took 1.6 times as long.
-        grads = jax.lax.optimization_barrier(grads)
+    # Without it XLA's CPU compiler fuses the optimiser into the gradients' reductions, which are
+    # then computed several times over: the step took 1.6 times as long.
+    grads = jax.lax.platform_dependent(
+        grads, cpu=jax.lax.optimization_barrier, default=lambda grads: grads
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -94,6 +96,32 @@ def train_step(
         step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema
     )
     return state, scalars
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    shardings: Any,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """Jitted `train_step` on a mesh: its state laid out by `shardings`, and given up for the next.
+
+    The batch's rows lie over all devices; the scalars on each of them.
+    """
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
+    )
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
 
 
 def total_steps(config: ml_collections.ConfigDict, source: Any) -> int:
@@ -242,19 +270,7 @@ class Trainer:
                 config, {"params": abstract.params, **abstract.model_state}
             )
             self.state = jax.jit(init, out_shardings=shardings)(init_key, key, loaded)
-        self.step_fn = jax.jit(
-            lambda state, batch: train_step(
-                state,
-                batch,
-                model=self.model,
-                tx=self.tx,
-                accumulate=config.train.accumulate,
-                ema_decay=config.train.ema_decay,
-            ),
-            in_shardings=(shardings, batch_sharding(self.mesh)),
-            out_shardings=(shardings, replicated(self.mesh)),
-            donate_argnums=0,
-        )
+        self.step_fn = make_train_step(config, self.model, self.tx, self.mesh, shardings)
 
     def batches(self, start_step: int):
         config = self.config

@@ -58,9 +58,8 @@ class BertEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
         c = self.config
-        embed = functools.partial(
-            nn.Embed, features=c.hidden, dtype=self.dtype, embedding_init=_INIT
-        )
+        # In float32: a dtype would convert whole tables to pick some rows.
+        embed = functools.partial(nn.Embed, features=c.hidden, embedding_init=_INIT)
         x = embed(c.vocab_size, name="word")(tokens)
         x += embed(c.max_positions, name="position")(jnp.arange(tokens.shape[1]))
         x += embed(c.type_vocab, name="type")(jnp.zeros((), jnp.int32))

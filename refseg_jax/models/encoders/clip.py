@@ -179,7 +179,8 @@ class ClipText(nn.Module):
         normal = nn.initializers.normal
         # CLIP starts from deviations of 0.02 and 0.01, which the first layer's outputs drown: from
         # scratch, words and their order were learned later.
-        self.word = nn.Embed(c.vocab_size, c.hidden, self.dtype, embedding_init=normal(1.0))
+        # In float32: a dtype would convert the whole table to pick some rows.
+        self.word = nn.Embed(c.vocab_size, c.hidden, embedding_init=normal(1.0))
         self.positions = self.param("positions", normal(0.5), (c.max_positions, c.hidden))
         self.blocks = [layer(c, self.dtype) for _ in range(c.layers)]
         self.norm = _norm(self.dtype)
@@ -187,7 +188,7 @@ class ClipText(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Token ids int32 [B, T], T at most `max_positions` -> embeddings [B, T, D]."""
-        return self.word(tokens) + self.positions[: tokens.shape[1]].astype(self.dtype)
+        return (self.word(tokens) + self.positions[: tokens.shape[1]]).astype(self.dtype)
 
     def layers(self, x: jax.Array, start: int, stop: int) -> jax.Array:
         """Layers `start` to `stop` (exclusive) on x [B, T, D]."""

@@ -3,7 +3,7 @@
 The layout is the one of the dense-prediction codes (LAVT, CrossVLT, `SwinBackbone` of
 `transformers`): any input size, stage outputs taken before patch merging and not normalised.
 Arrays are channels-last, [B, h, w, C]. Parameters are float32; matrix products run in `dtype`;
-norms, attention logits and softmax are computed in float32.
+norms, attention logits and softmax are computed in float32, and the logits kept in `dtype`.
 """
 
 import dataclasses
@@ -76,6 +76,57 @@ def _shift_regions(h: int, w: int, window: int, shift: int) -> np.ndarray:
     return regions.transpose(0, 2, 1, 3).reshape(-1, window * window)
 
 
+@jax.custom_vjp
+def window_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, regions: np.ndarray | None
+) -> jax.Array:
+    """softmax(q k^T + bias) v in every window, where cells of one region see each other.
+
+    q (scaled), k, v [W, heads, n, d], bias float32 [heads, n, n], regions int [windows of one
+    sample, n] or None -> [W, heads, n, d] in their dtype. Sums are float32, as is the softmax; the
+    logits are kept in the dtype of `q`, as their traffic is most of what the attention costs. For
+    the same reason the backward pass is our own: it reads the logits, and neither they nor the
+    weights are read just to be summed up.
+    """
+    return _attend(q, k, v, bias, regions)[0]
+
+
+def _attend(q, k, v, bias, regions):
+    logits = jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)
+    if regions is None:
+        logits += bias
+    else:
+        regions = jnp.asarray(regions)
+        same = regions[:, None, :, None] == regions[:, None, None, :]
+        by_sample = logits.reshape(-1, len(regions), *logits.shape[1:])
+        logits = (by_sample + bias + jnp.where(same, 0.0, -100.0)).reshape(logits.shape)
+    logits = logits.astype(q.dtype)
+    largest = logits.max(-1, keepdims=True).astype(jnp.float32)
+    weights = jnp.exp(logits.astype(jnp.float32) - largest).astype(v.dtype)
+    # The product with ones is the softmax's denominator.
+    ones = jnp.ones_like(v[..., :1])
+    y = jnp.matmul(weights, jnp.concatenate([v, ones], -1), preferred_element_type=jnp.float32)
+    y, total = y[..., :-1], y[..., -1:]
+    y = (y / total).astype(v.dtype)
+    return y, (q, k, v, logits, largest + jnp.log(total), y)
+
+
+def _attend_backward(saved, cotangent):
+    q, k, v, logits, log_total, y = saved
+    weights = jnp.exp(logits.astype(jnp.float32) - log_total)
+    of_weights = jnp.matmul(cotangent, v.mT, preferred_element_type=jnp.float32)
+    # sum_j weights_ij of_weights_ij, from the outputs.
+    mean = (cotangent.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True)
+    of_logits = weights * (of_weights - mean)
+    of_bias = of_logits.sum(0)
+    of_logits = of_logits.astype(q.dtype)
+    of_v = jnp.matmul(weights.astype(v.dtype).mT, cotangent)
+    return jnp.matmul(of_logits, k), jnp.matmul(of_logits.mT, q), of_v, of_bias, None
+
+
+window_attention.defvjp(_attend, _attend_backward)
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside non-overlapping windows, with relative position bias.
 
@@ -90,25 +141,24 @@ class WindowAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, regions: np.ndarray | None) -> jax.Array:
         B, h, w, C = x.shape
-        heads, win, d = self.heads, self.window, C // self.heads
+        heads, win = self.heads, self.window
         rows, cols, cells = h // win, w // win, win * win
 
-        # Projecting the whole map first makes one large matrix product; a single transpose then
-        # splits windows and heads at once, into batched products over one merged leading axis.
+        # Windows first, while an array's last axis still holds all channels: accelerators move that
+        # well, and heads of 32 channels badly.
+        x = x.reshape(B, rows, win, cols, win, C).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(B * rows * cols, cells, C)
         qkv = nn.Dense(3 * C, dtype=self.dtype, kernel_init=_INIT, name="qkv")(x)
-        qkv = qkv.reshape(B, rows, win, cols, win, 3, heads, d).transpose(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, B * rows * cols * heads, cells, d)
-
-        logits = jnp.matmul(q * d**-0.5, k.mT, preferred_element_type=jnp.float32)
-        logits = logits.reshape(B, rows * cols, heads, cells, cells) + self._position_bias()
-        if regions is not None:
-            same = regions[:, None, :, None] == jnp.asarray(regions)[:, None, None, :]
-            logits += jnp.where(same, 0.0, -100.0)
-        weights = jax.nn.softmax(logits).astype(self.dtype)
-
-        y = jnp.matmul(weights.reshape(-1, cells, cells), v)
-        y = y.reshape(B, rows, cols, heads, win, win, d).transpose(0, 1, 4, 2, 5, 3, 6)
-        return nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y.reshape(x.shape))
+        q, k, v = (
+            part.reshape(-1, cells, heads, C // heads).swapaxes(1, 2)
+            for part in jnp.split(qkv, 3, -1)
+        )
+        q *= (C // heads) ** -0.5
+        y = window_attention(q, k, v, self._position_bias(), regions)
+        y = y.swapaxes(1, 2).reshape(x.shape)
+        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
+        y = y.reshape(B, rows, cols, win, win, C).transpose(0, 1, 3, 2, 4, 5)
+        return y.reshape(B, h, w, C)
 
     def _position_bias(self) -> jax.Array:
         """Bias of query cell (i, j) on key cell (p, q), float32 [heads, window², window²].

@@ -17,6 +17,34 @@ def instance_norm(x: jax.Array) -> jax.Array:
     return y.astype(x.dtype)
 
 
+def moments(x: jax.Array, axes: tuple[int, ...], near: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mean, biased variance) of float32 `x` over `axes`.
+
+    `near` is a guess of the mean, which broadcasts against `x`. Accelerators use it to read `x`
+    once, and to make one all-reduce of a sharded batch instead of two in a row; a CPU is faster
+    without.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        near,
+        cpu=lambda x, near: (x.mean(axes), x.var(axes)),
+        default=lambda x, near: moments_at_once(x, axes, near),
+    )
+
+
+def moments_at_once(
+    x: jax.Array, axes: tuple[int, ...], near: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same from the sums of d = x - near and d^2: var = E[d^2] - E[d]^2.
+
+    The variance's relative error in float32 is around 1e-7 (1 + (mean - near)^2 / var).
+    """
+    near = jax.lax.stop_gradient(near.astype(x.dtype))
+    d = x - near
+    mean, square = d.mean(axes), (d * d).mean(axes)
+    return mean + near, jnp.maximum(square - mean * mean, 0.0)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all but the last axis, in float32 inside.
 
@@ -39,7 +67,7 @@ class BatchNorm(nn.Module):
         x = x.astype(jnp.float32)
         if train:
             others = tuple(range(x.ndim - 1))
-            mean, var = x.mean(others), x.var(others)
+            mean, var = moments(x, others, running_mean.value)
             if not self.is_initializing():
                 count = x.size // C
                 unbiased = var * (count / max(count - 1, 1))
@@ -77,7 +105,8 @@ class SwitchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (C,))
         x = x.astype(jnp.float32)
-        mean, var = x.mean((1, 2)), x.var((1, 2))  # [B,C], from which the others follow.
+        # [B,C], from which the others follow.
+        mean, var = moments(x, (1, 2), running_mean.value)
 
         def pooled(axis: int) -> tuple[jax.Array, jax.Array]:
             return (
