@@ -62,6 +62,6 @@ def get_config(variant: str = "") -> ConfigDict:
         # rate the mask jumps from step to step.
         config.optim.groups = ((r"^projector/sentence/", 0.1, 0.0), *common.GROUPS)
         if config.data.dataset == "shapes":
-            config.train.update(steps=3750)
+            config.train.update(steps=2800)
             config.eval.threshold = 0.3
     return config
