@@ -7,17 +7,13 @@ process in GiB so far. Parameters are random; the data is noise.
 """
 
 import argparse
-import importlib
 import json
 import resource
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from refseg_jax import models
-from refseg_jax.optim import make_optimizer
+from benchmarks.paper import paper_config, paper_state, random_batch
 from refseg_jax.predict import make_predict_step
 from refseg_jax.train import train_step
 from refseg_jax.train_state import init_state, init_variables
@@ -45,22 +41,12 @@ def main():
     parser.add_argument("--config", default="alignformer")
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
-    config = importlib.import_module(f"configs.{arguments.config}").get_config("refcoco")
-    text = "bert" if "bert" in config.model else "text"
-    config.model[text].vocab_size = 30522 if text == "bert" else 49408
-    size, tokens, rows = config.data.image_size, config.data.max_tokens, arguments.batch
-    model = models.build(config.model)
+    config, rows = paper_config(arguments.config), arguments.batch
+    size, tokens = config.data.image_size, config.data.max_tokens
+    model, tx, _ = paper_state(config)
     variables = jax.jit(lambda key: init_variables(model, key, size, tokens))(jax.random.key(0))
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": jnp.asarray(rng.integers(0, 256, (rows, size, size, 3)), jnp.uint8),
-        "mask": jnp.asarray(rng.random((rows, size, size)) < 0.1),
-        "tokens": jnp.asarray(rng.integers(1, 30000, (rows, tokens)), jnp.int32),
-        "token_mask": jnp.ones((rows, tokens), bool),
-        "valid": jnp.ones(rows, bool),
-    }
+    batch = random_batch(config, rows)
     measure(f"{arguments.config} forward, batch {rows}", make_predict_step(model), variables, batch)
-    tx, _ = make_optimizer(config.optim, variables["params"], 1000)
     state = init_state(variables, lambda _: tx, jax.random.key(1), use_ema=False)
     step = jax.jit(lambda state, batch: train_step(state, batch, model=model, tx=tx))
     measure(f"{arguments.config} train step, batch {rows}", step, state, batch)
