@@ -5,11 +5,17 @@ import pathlib
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
-# Before JAX starts: eight devices, so that sharding can be tested (other tests use the first), and
-# one cache of compiled programs for all tests and the processes they start.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts: eight devices, so that sharding can be tested (other tests use the first),
+# machine code that is compiled fast rather than fast, and one cache of compiled programs for all
+# tests and the processes they start. All of it on the CPU: what compiles for TPUs finds none.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
 )
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPO / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 

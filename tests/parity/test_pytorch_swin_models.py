@@ -4,7 +4,6 @@ The samples of AlignFormer's contrast are random; here they are all there are, o
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +104,7 @@ def to_torch(batch):
 def test_logits_and_loss(case):
     module, variables, model, batch = case
 
-    # Compiling takes longer than anything else here.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run(variables, image, tokens, token_mask, mask):
         outputs = module.apply(variables, image, tokens, token_mask)
         loss, _ = module.loss(outputs, mask, jnp.ones(len(mask), bool), jax.random.key(0))
