@@ -14,6 +14,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from refseg_jax import models
 from refseg_jax.optim import make_optimizer
+from refseg_jax.predict import make_predict_step
 from refseg_jax.train_state import TrainState, init_state, init_variables
 
 CONFIGS = ("alignformer", "coupalign", "cris", "crossvlt", "jmceln", "lavt")
@@ -90,3 +91,10 @@ def product_flops(jaxpr: Jaxpr) -> int:
         else:
             total += eqn.params.get("length", 1) * sum(inner)
     return total
+
+
+def forward_flops(config: ml_collections.ConfigDict) -> int:
+    """Operations of one row's forward pass; see `product_flops`."""
+    model, _, state = paper_state(config)
+    one = batch_shapes(config, 1)
+    return product_flops(jax.make_jaxpr(make_predict_step(model))(state.variables(), one).jaxpr)
