@@ -1,0 +1,299 @@
+"""What would a TPU make of each config at its paper's size? Compiled here, without a TPU.
+
+python -m benchmarks.tpu_compile [--config lavt,cris] [--topology v5e:2x2] [--step train,eval]
+                                 [--batch 8] [--dtype bfloat16] [--hlo DIR] [--update]
+
+Needs `libtpu`, of the version that jax[tpu] names. JAX_OPTIMIZATION_LEVEL=O0 compiles in a small
+part of the minutes that each takes, to a program that takes more memory and time.
+
+A JSON line per config, topology and step; with --update they also replace their like in
+docs/scale.jsonl, of which docs/scale.md has its tables. All of it is the compiler's estimate, and
+nothing a measurement:
+
+- peak_gib: memory that one chip needs, and `fits`, in what it has;
+- tflops, gbytes: work of one chip as the compiler counts it; model_tflops: that of the products and
+  convolutions by the shapes of the traced forward pass, times 3 for a train step;
+- collectives: of each kind, how many, and the MiB of their results in one chip;
+- mcycles: millions of estimated cycles, a loop's body counted as often as it runs; share_of_peak:
+  model_tflops over the most that the chip does in that time;
+- worst: the operations of most cycles and their shares, those of like blocks taken together.
+"""
+
+import argparse
+import collections
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Nothing runs that could get in the way.
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import libtpu
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from benchmarks.paper import CONFIGS, batch_shapes, forward_flops, paper_config, paper_state
+from refseg_jax.predict import INPUTS, make_predict_step
+from refseg_jax.sharding import AXES, batch_sharding, replicated, state_sharding
+from refseg_jax.train import make_train_step
+
+DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
+STEPS = ("train", "eval")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
+
+
+class Chip(NamedTuple):
+    """A generation, as Google describes it, and topologies of one host and of 256 chips."""
+
+    gib: float  # Memory.
+    tflops: float  # In bfloat16.
+    ghz: float  # Of the matrix units: tflops over what they do per cycle.
+    host: str
+    pod: str
+
+
+CHIPS = {
+    "v4": Chip(32, 275, 1.05, "2x2x1", "4x8x8"),
+    "v5e": Chip(16, 197, 1.5, "2x2", "16x16"),
+    "v5p": Chip(95, 459, 1.75, "2x2x1", "4x8x8"),
+    "v6e": Chip(32, 918, 1.75, "2x2", "16x16"),
+}
+
+
+def place(op_name: str) -> str:
+    """`jit(f)/jvp(LAVT)/blocks_2_7/dot_general` -> `jvp(LAVT)/blocks_*/dot_general`."""
+    name = re.sub(r"^jit\(\w*\)/", "", op_name)
+    return re.sub(r"(_?\d+)+(?=/|$|\))", "*", name) or "(no name)"
+
+
+class Program:
+    """The text of a compiled program, summed up.
+
+    Attributes:
+      cycles: estimated cycles by operation.
+      collectives: kind -> [number, bytes of results].
+    """
+
+    def __init__(self, text: str):
+        self.cycles: collections.Counter[str] = collections.Counter()
+        self.collectives: dict[str, list[int]] = {}
+        self._lines: dict[str, list[str]] = {}
+        entry = name = ""
+        for line in text.splitlines():
+            header = re.match(r"(ENTRY )?%?([\w.\-]+) .*-> .*\{$", line)
+            if header:
+                name = header.group(2)
+                self._lines[name] = []
+                entry = name if header.group(1) else entry
+            elif line.startswith("  "):
+                self._lines[name].append(line)
+        self._add(entry, 1)
+
+    def _trips(self, condition: str) -> int:
+        """How often a loop runs, from the constant that its counter is compared with; else 1."""
+        text = "\n".join(self._lines[condition])
+        bounds = re.findall(r" = s32\[\]\S* constant\((\d+)\)", text)
+        return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in text else 1
+
+    def _add(self, computation: str, times: int) -> None:
+        """Adds what `computation` takes when it runs so many times."""
+        for line in self._lines[computation]:
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                self._add(loop.group(2), times * self._trips(loop.group(1)))
+            branches = re.search(r" conditional\(.*branch_computations=\{([^}]*)\}", line)
+            for branch in branches.group(1).split(", ") if branches else ():
+                self._add(branch.lstrip("%"), times)
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+            if cycles:
+                name = re.search(r'op_name="([^"]*)"', line)
+                key = place(name.group(1) if name else "")
+                self.cycles[key] += int(cycles.group(1)) * times
+            kind = re.search(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+            if kind:
+                row = self.collectives.setdefault(kind.group(2), [0, 0])
+                row[0] += times
+                row[1] += times * result_bytes(kind.group(1))
+
+
+def result_bytes(types: str) -> int:
+    """Bytes of the arrays in the type of an HLO result, `f32[8,128]{1,0}` or a tuple of such."""
+    total = 0
+    for match in BITS.finditer(re.sub(r"\{[^}]*\}", "", types)):
+        bits = {"pred": 8, "bf16": 16}.get(match.group(1)) or int(match.group(2))
+        total += bits * math.prod(int(n) for n in match.group(3).split(",") if n) // 8
+    return total
+
+
+def lower(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
+    """The step for the devices of `mesh`, lowered."""
+    model, tx, state = paper_state(config)
+    batch = batch_shapes(config, rows)
+    if step == "train":
+        rules = (config.mesh.rules, config.mesh.min_fsdp_size)
+        function = make_train_step(config, model, tx, mesh, state_sharding(state, mesh, *rules))
+        argument = state
+    else:
+        batch = {name: batch[name] for name in INPUTS}
+        function = make_predict_step(model, batch_sharding(mesh))
+        argument = with_sharding(state.variables(), replicated(mesh))
+    return function.lower(argument, with_sharding(batch, batch_sharding(mesh)))
+
+
+def fingerprint(lowered: Any) -> str:
+    """Of the program before XLA: the same where XLA has nothing new to compile."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+
+
+def with_sharding(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+@functools.cache
+def mesh_of(topology: str) -> Mesh:
+    """A data-parallel mesh of all chips of `topology`, such as "v5e:4x4"."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def trace(
+    name: str, step: str, topology: str, batch: int, dtype: str = "bfloat16"
+) -> tuple[dict[str, Any], Any]:
+    """(what is known before compiling, the lowered step); `batch` rows per chip."""
+    mesh, config = mesh_of(topology), paper_config(name, dtype)
+    lowered = lower(config, step, mesh, batch * mesh.size)
+    flops = forward_flops(config) * batch * (3 if step == "train" else 1)
+    row = {"config": name, "step": step, "topology": topology, "chips": mesh.size}
+    row |= {"batch_per_chip": batch, "dtype": dtype}
+    row["model_tflops"] = round(flops / 1e12, 3)
+    row["program"] = fingerprint(lowered)
+    return row, lowered
+
+
+def estimate(row: dict[str, Any], lowered: Any) -> tuple[dict[str, Any], str]:
+    """(the whole row, the compiled program) of what `trace` returns.
+
+    Cycles are left out of a program that was not optimised.
+    """
+    chip = CHIPS[row["topology"].partition(":")[0]]
+    level = str(jax.config.jax_optimization_level)
+    row = row | {"level": "default" if level == "UNKNOWN" else level}
+    row |= {"jax": jax.__version__, "libtpu": libtpu.__version__}
+    begun = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])", str(e))
+        if "RESOURCE_EXHAUSTED" not in str(e) or not used:
+            raise
+        peak = float(used.group(1)) / (1 if used.group(2) == "G" else 1024)
+        return row | {"fits": False, "peak_gib": round(peak, 2)}, ""
+    text, costs = compiled.as_text(), compiled.cost_analysis()
+    program = Program(text)
+    peak = compiled.memory_analysis().peak_memory_in_bytes / 2**30
+    row |= {
+        "fits": peak < chip.gib,
+        "peak_gib": round(peak, 2),
+        "tflops": round(costs["flops"] / 1e12, 3),
+        "gbytes": round(costs["bytes accessed"] / 1e9, 1),
+        "collectives": {
+            kind: {"count": count, "mib": round(size / 2**20, 1)}
+            for kind, (count, size) in program.collectives.items()
+        },
+        "compile_s": round(time.perf_counter() - begun, 1),
+    }
+    if row["level"] == "default":
+        cycles = program.cycles.total()
+        most = chip.tflops * cycles / (chip.ghz * 1e9)
+        row["mcycles"] = round(cycles / 1e6, 2)
+        row["share_of_peak"] = round(row["model_tflops"] / most, 3)
+        row["worst"] = {key: round(n / cycles, 3) for key, n in program.cycles.most_common(5)}
+    return row, text
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of such rows: what each step takes on each topology, and its worst operations."""
+    lines = [
+        "| config | step | topology | rows per chip | level | fits | GiB | TFLOP (model's own) | "
+        "GB | collectives (MiB) | Mcycles | share of peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        collectives = ", ".join(
+            f"{kind['count']} {name} ({kind['mib']})"
+            for name, kind in row.get("collectives", {}).items()
+        )
+        cells = [row["config"], row["step"], row["topology"], row["batch_per_chip"], row["level"]]
+        cells += ["yes" if row["fits"] else "no", row["peak_gib"]]
+        cells += [f"{row.get('tflops', '')} ({row['model_tflops']})", row.get("gbytes", "")]
+        cells += [collectives, row.get("mcycles", "")]
+        cells += [f"{row['share_of_peak']:.1%}" if "share_of_peak" in row else ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| config | step | topology | worst operations, share of the cycles |"]
+    lines += ["|---|---|---|---|"]
+    for row in rows:
+        worst = "<br>".join(f"{n:.1%} `{name}`" for name, n in row.get("worst", {}).items())
+        if worst:
+            lines.append(f"| {row['config']} | {row['step']} | {row['topology']} | {worst} |")
+    return "\n".join(lines)
+
+
+def update(rows: list[dict[str, Any]]) -> None:
+    """Puts `rows` in the place of their like in docs/scale.jsonl, and its tables in scale.md."""
+
+    def key(row):
+        return row["config"], STEPS.index(row["step"]), row["topology"], row["batch_per_chip"]
+
+    record, page = DOCS / "scale.jsonl", DOCS / "scale.md"
+    old = record.read_text().splitlines() if record.exists() else []
+    merged = {key(row): row for row in [*map(json.loads, old), *rows]}
+    merged = [merged[k] for k in sorted(merged)]
+    record.write_text("".join(json.dumps(row) + "\n" for row in merged))
+    begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{table(merged)}\n\n{end}{after}")
+
+
+def main():
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    everywhere = [f"{kind}:{n}" for kind, chip in CHIPS.items() for n in (chip.host, chip.pod)]
+    parser.add_argument("--config", default=",".join(CONFIGS))
+    parser.add_argument("--topology", default=",".join(everywhere))
+    parser.add_argument("--step", default=",".join(STEPS))
+    parser.add_argument("--batch", type=int, default=8, help="rows per chip")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")
+    parser.add_argument("--update", action="store_true", help="docs/scale.md and its .jsonl")
+    arguments = parser.parse_args()
+    for topology in arguments.topology.split(","):
+        for name in arguments.config.split(","):
+            for step in arguments.step.split(","):
+                traced = trace(name, step, topology, arguments.batch, arguments.dtype)
+                row, text = estimate(*traced)
+                print(json.dumps(row), flush=True)
+                if arguments.update:
+                    update([row])
+                if arguments.hlo:
+                    arguments.hlo.mkdir(parents=True, exist_ok=True)
+                    file = f"{name}_{step}_{topology.replace(':', '_')}.txt"
+                    (arguments.hlo / file).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

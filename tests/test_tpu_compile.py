@@ -1,0 +1,92 @@
+"""Every config compiles for TPUs and fits them, and docs/scale.md has the tables of its record."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is for x86-64 Linux")
+
+from benchmarks import tpu_compile  # noqa: E402
+from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
+
+ROWS = [json.loads(line) for line in (tpu_compile.DOCS / "scale.jsonl").read_text().splitlines()]
+
+# The scheduled text of a program: a loop of 3 rounds, a pair of all-reduces beside it.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%condition.1 (p.1: (s32[], bf16[8,128])) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) parameter(0)
+  %n.1 = s32[]{:T(128)} constant(3)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %less.1 = pred[]{:T(512)} compare(%i.1, %n.1), direction=LT
+}
+
+%body.1 (p.2: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %f.1 = bf16[8,128]{1,0} fusion(%p.2), metadata={op_name="jit(step)/M/blocks_0_1/dot"}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %r.1 = bf16[8,128]{1,0:T(8,128)} all-reduce(%f.1), channel_id=1
+}
+
+ENTRY %main.1 (x.1: bf16[8,128]) -> bf16[8,128] {
+  %f.2 = bf16[8,128]{1,0} fusion(%x.1), metadata={op_name="jit(step)/M/blocks_0_0/dot"}, backend_config={"window_config":{"estimated_cycles":"7"}}
+  %r.2 = (f32[16]{0:T(256)S(1)}, pred[4]{0}) all-reduce-start(%f.2, %f.2), channel_id=2
+  %w.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%t.1), condition=%condition.1, body=%body.1
+}
+"""  # noqa: E501
+
+
+@pytest.fixture
+def fast():
+    """Compiles to slow programs that take more memory, in a sixth of the time."""
+    jax.config.update("jax_optimization_level", "O0")
+    yield
+    jax.config.update("jax_optimization_level", "UNKNOWN")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_train_step_fits_the_smallest_chip(name, fast):
+    place = {"config": name, "step": "train", "topology": "v5e:2x2", "fits": True}
+    recorded = max(
+        (row for row in ROWS if place.items() <= row.items()), key=lambda row: row["batch_per_chip"]
+    )
+    row, lowered = tpu_compile.trace(name, "train", "v5e:2x2", recorded["batch_per_chip"])
+    assert row["model_tflops"] == recorded["model_tflops"], "docs/scale.md is of another model"
+    # What was compiled for the record need not be compiled again, which takes minutes.
+    if row["program"] != recorded["program"]:
+        recorded, _ = tpu_compile.estimate(row, lowered)
+    assert recorded["fits"]
+    assert recorded["collectives"]["all-reduce"]["mib"] > 200  # The gradients, at least.
+
+
+def test_a_step_too_large_does_not_fit(fast, monkeypatch):
+    config = paper_config("lavt", "bfloat16")
+    config.data.image_size = 64
+    config.model.swin.update(depths=(1, 1, 1, 1), embed_dim=32, num_heads=(1, 1, 1, 1))
+    config.model.bert.update(layers=1)
+    monkeypatch.setattr(tpu_compile, "paper_config", lambda *_: config)
+    row, _ = tpu_compile.estimate(*tpu_compile.trace("lavt", "eval", "v5e:2x2", 1 << 18))
+    assert not row["fits"] and row["peak_gib"] > tpu_compile.CHIPS["v5e"].gib
+
+
+def test_loops_and_collectives_of_a_program():
+    program = tpu_compile.Program(PROGRAM)
+    assert program.cycles == {"M/blocks*/dot": 307}
+    assert program.collectives == {"all-reduce": [4, 3 * 8 * 128 * 2 + 16 * 4 + 4]}
+
+
+def test_operations_of_products():
+    def function(x, w, k):
+        y = jax.lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+        )
+        y = jax.lax.cond(w.sum() > 0, lambda y: y @ w, lambda y: y, y)
+        return jax.lax.scan(lambda y, _: (jax.jit(jnp.matmul)(y, w), None), y, length=5)[0]
+
+    shapes = (jnp.zeros((2, 4, 4, 8)), jnp.zeros((8, 8)), jnp.zeros((3, 3, 4, 8)))
+    product, conv = 2 * 2 * 16 * 8 * 8, 2 * 2 * 16 * 8 * (3 * 3 * 4)
+    assert product_flops(jax.make_jaxpr(function)(*shapes).jaxpr) == conv + 6 * product
+
+
+def test_the_page_has_the_tables_of_the_record():
+    assert tpu_compile.table(ROWS) in (tpu_compile.DOCS / "scale.md").read_text()
