@@ -13,6 +13,7 @@ from refseg_jax.models.layers.deformable import (
     pixel_centres,
 )
 from refseg_jax.models.layers.mlp import MLP
+from refseg_jax.models.layers.norms import moments_at_once
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 from refseg_jax.models.layers.transformer import DecoderLayer
@@ -308,3 +309,20 @@ def test_encoder_remat_and_bf16(encoder):
     for a, b in zip(low, jax.jit(ours.apply)(variables, features), strict=True):
         assert a.dtype == jnp.bfloat16
         assert np.abs(np.asarray(a, np.float32) - b).mean() < 0.05
+
+
+@pytest.mark.parametrize("guess, tolerance", [(0.0, 1e-3), (90.0, 1e-5)])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2)])
+def test_moments_in_one_pass_are_those_of_two(axes, guess, tolerance):
+    """What accelerators compute: on a CPU `moments` takes the other way."""
+    x = 100 + 3 * jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
+
+    def results(moments):
+        pull = jax.random.normal(jax.random.key(1), x.mean(axes).shape)
+        values, vjp = jax.vjp(moments, x)
+        return *values, *vjp((pull, pull[::-1]))
+
+    once = results(lambda x: moments_at_once(x, axes, jnp.full(4, guess)))
+    twice = results(lambda x: (x.mean(axes), x.var(axes)))
+    for ours, exact in zip(once, twice, strict=True):
+        assert np.abs(ours - exact).max() <= tolerance * np.abs(exact).max()
