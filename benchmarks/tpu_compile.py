@@ -29,6 +29,7 @@ import os
 import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask.
@@ -267,23 +268,36 @@ def update(rows: list[dict[str, Any]]) -> None:
     page.write_text(f"{before}{begin}\n{table(merged)}\n\n{end}{after}")
 
 
+def names_among(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """For argparse: names with commas between, of which what stands before a colon is `known`."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name.partition(":")[0] not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse
+
+
 def main():
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     everywhere = [f"{kind}:{n}" for kind, chip in CHIPS.items() for n in (chip.host, chip.pod)]
-    parser.add_argument("--config", default=",".join(CONFIGS))
-    parser.add_argument("--topology", default=",".join(everywhere))
-    parser.add_argument("--step", default=",".join(STEPS))
+    parser.add_argument("--config", type=names_among(CONFIGS), default=CONFIGS)
+    parser.add_argument("--topology", type=names_among(tuple(CHIPS)), default=everywhere)
+    parser.add_argument("--step", type=names_among(STEPS), default=STEPS)
     parser.add_argument("--batch", type=int, default=8, help="rows per chip")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")
     parser.add_argument("--update", action="store_true", help="docs/scale.md and its .jsonl")
     arguments = parser.parse_args()
-    for topology in arguments.topology.split(","):
-        for name in arguments.config.split(","):
-            for step in arguments.step.split(","):
+    for topology in arguments.topology:
+        for name in arguments.config:
+            for step in arguments.step:
                 traced = trace(name, step, topology, arguments.batch, arguments.dtype)
                 row, text = estimate(*traced)
                 print(json.dumps(row), flush=True)
