@@ -2,7 +2,7 @@
 
     python benchmarks/deformable.py
 
-Times both forms of the sampling core and the six-layer encoder at the sizes of the small and of
+Times all forms of the sampling core and the six-layer encoder at the sizes of the small and of
 the full AlignFormer. One JSON line per measurement: the best of `--repeats` runs.
 """
 
@@ -80,10 +80,10 @@ def main() -> None:
         facts = SIZES[size]
         shapes = facts["shapes"]
         arguments = core_arguments(**facts)
-        for form, limit in {"matmul": arguments[0].shape[1], "gather": 0}.items():
+        for form in "gather", "matrix", "separable":
 
-            def core(value, locations, weights, shapes=shapes, limit=limit):
-                return ms_deform_attn(value, shapes, locations, weights, matmul_limit=limit)
+            def core(value, locations, weights, shapes=shapes, form=form):
+                return ms_deform_attn(value, shapes, locations, weights, form)
 
             measure("core", core, arguments, options.repeats, size=size, form=form, **facts)
 

@@ -178,8 +178,8 @@ def test_resize_keeps_dtype():
 SHAPES = ((6, 5), (3, 4), (2, 3))
 
 
-@pytest.mark.parametrize("matmul_limit", [0, 10_000], ids=["gather", "matmul"])
-def test_sampling_at_pixel_centres_reads_pixels(matmul_limit):
+@pytest.mark.parametrize("form", ["gather", "matrix", "separable"])
+def test_sampling_at_pixel_centres_reads_pixels(form):
     count = len(pixel_centres(SHAPES))
     value = normal(2, count, 3, 2)
     locations = np.broadcast_to(
@@ -188,13 +188,18 @@ def test_sampling_at_pixel_centres_reads_pixels(matmul_limit):
     # Each query reads only its own level.
     own_level = np.repeat(np.eye(len(SHAPES)), [h * w for h, w in SHAPES], axis=0)
     weights = np.broadcast_to(own_level[None, :, None, :, None], locations.shape[:-1])
-    output = ms_deform_attn(value, SHAPES, locations, weights.astype(np.float32), matmul_limit)
+    output = ms_deform_attn(value, SHAPES, locations, weights.astype(np.float32), form)
     np.testing.assert_allclose(output, value.reshape(2, count, 6), atol=1e-5)
 
 
 def test_sampling_rejects_levels_that_do_not_fit():
     with pytest.raises(ValueError, match="do not make up the 7 positions"):
         ms_deform_attn(jnp.ones((1, 7, 1, 1)), ((2, 3),), jnp.ones(()), jnp.ones(()))
+
+
+def test_sampling_rejects_an_unknown_form():
+    with pytest.raises(ValueError, match="'scatter' is not one of gather, matrix, separable"):
+        ms_deform_attn(jnp.ones((1, 6, 1, 1)), ((2, 3),), jnp.ones(()), jnp.ones(()), "scatter")
 
 
 def test_gradients_at_full_size():

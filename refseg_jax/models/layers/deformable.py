@@ -1,7 +1,8 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR) and the encoder built from it."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -13,10 +14,10 @@ from refseg_jax.models.layers.transformer import AddNorm, FeedForward
 
 Shapes = tuple[tuple[int, int], ...]
 
-# Up to this many positions over all levels, sampling is done as a matrix product. On a CPU that is
-# three times as fast at 336 positions, equally fast at 1344 and slower beyond, where the matrix
-# also outgrows the gathered rows (`benchmarks/deformable.py`).
-MATMUL_LIMIT = 1024
+# Up to this many positions over all levels a CPU samples by a matrix product. That is three times
+# as fast at 336 positions, equally fast at 1344 and slower beyond, where the matrix also outgrows
+# the gathered rows (`benchmarks/deformable.py`).
+MATRIX_LIMIT = 1024
 
 
 def ms_deform_attn(
@@ -24,7 +25,7 @@ def ms_deform_attn(
     spatial_shapes: Shapes,
     sampling_locations: jax.Array,
     attention_weights: jax.Array,
-    matmul_limit: int = MATMUL_LIMIT,
+    form: str | None = None,
 ) -> jax.Array:
     """Weighted sum of values sampled bilinearly at P points on each of L levels.
 
@@ -36,19 +37,46 @@ def ms_deform_attn(
         spatial_shapes: (h, w) of each level, static; S = sum of h * w.
         sampling_locations: float32 [B,Lq,M,L,P,2], last axis (x, y).
         attention_weights: float32 [B,Lq,M,L,P].
-        matmul_limit: the largest S for which the matrix form is used.
+        form: how to come to the same result: "gather" the pixels' rows, multiply by the "matrix"
+            of all weights, or "separable", without gather or scatter. None is what suits the
+            platform: separable on a TPU, elsewhere the matrix up to `MATRIX_LIMIT` positions.
 
     Returns:
         [B,Lq,M*D] in the dtype of `value`.
 
     Raises:
-        ValueError: the levels do not add up to S.
+        ValueError: the levels do not add up to S, or there is no such form.
     """
-    b, s, m, d = value.shape
+    s = value.shape[1]
     if sum(h * w for h, w in spatial_shapes) != s:
         raise ValueError(f"levels {spatial_shapes} do not make up the {s} positions of the values")
-    index, weight = _bilinear_taps(spatial_shapes, sampling_locations, attention_weights)
-    sample = _sample_by_matmul if s <= matmul_limit else _sample_by_gather
+    forms = {
+        name: functools.partial(function, spatial_shapes)
+        for name, function in (
+            ("gather", functools.partial(_sample_taps, _sample_by_gather)),
+            ("matrix", functools.partial(_sample_taps, _sample_by_matrix)),
+            ("separable", _sample_separably),
+        )
+    }
+    arguments = value, sampling_locations, attention_weights
+    if form is None:
+        default = forms["matrix" if s <= MATRIX_LIMIT else "gather"]
+        return jax.lax.platform_dependent(*arguments, tpu=forms["separable"], default=default)
+    if form not in forms:
+        raise ValueError(f"form {form!r} is not one of {', '.join(forms)}")
+    return forms[form](*arguments)
+
+
+def _sample_taps(
+    sample: Callable,
+    spatial_shapes: Shapes,
+    value: jax.Array,
+    locations: jax.Array,
+    weights: jax.Array,
+) -> jax.Array:
+    """`ms_deform_attn` by a `sample` that is told of each pixel to read."""
+    b, _, m, d = value.shape
+    index, weight = _bilinear_taps(spatial_shapes, locations, weights)
     # Mapped over images rather than flattened with them into one table of rows: a batch that is
     # spread over devices then stays where it is.
     out = jax.vmap(sample)(*(x.swapaxes(1, 2) for x in (value, index, weight)))
@@ -97,7 +125,7 @@ def _sample_by_gather(value: jax.Array, index: jax.Array, weight: jax.Array) -> 
     return _contract("mqk,mqkd->mqd", weight, rows)
 
 
-def _sample_by_matmul(value: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
+def _sample_by_matrix(value: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
     """As `_sample_by_gather`, with the weights [M,Lq,K] laid out as a matrix times `value`."""
     heads, queries, _ = index.shape
     shape = heads, queries, value.shape[1]
@@ -108,9 +136,95 @@ def _sample_by_matmul(value: jax.Array, index: jax.Array, weight: jax.Array) -> 
     return _contract("mqs,msd->mqd", matrix.reshape(shape), value)
 
 
-def _contract(spec: str, weight: jax.Array, value: jax.Array) -> jax.Array:
-    """A product in the dtype of `value` that adds up in float32."""
-    return jnp.einsum(spec, weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
+def _sample_separably(
+    spatial_shapes: Shapes, value: jax.Array, locations: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """`ms_deform_attn` without gather or scatter, of which a TPU does one row at a time.
+
+    The pixels that a point reads, laid out over a level, are the outer product of its two taps on
+    each axis. Head by head, as the matrix of all weights is as large as that of an attention.
+    """
+    b, _, m, d = value.shape
+    levels = jnp.split(value, np.cumsum([h * w for h, w in spatial_shapes])[:-1], axis=1)
+    levels = [
+        level.reshape(b, h, w, m, d).transpose(3, 0, 1, 2, 4)
+        for level, (h, w) in zip(levels, spatial_shapes, strict=True)
+    ]
+    size = np.array(spatial_shapes, np.float32)[:, None, ::-1]
+    # [M,L,P,...,B,Lq]: what differs from query to query lies along the last axis.
+    pixels = (locations * size - 0.5).transpose(2, 3, 4, 5, 0, 1)
+    weights = weights.transpose(2, 3, 4, 0, 1)
+
+    @jax.checkpoint
+    def head(arguments):
+        levels, pixels, weights = arguments
+        total = 0
+        for level, points, of_points in zip(levels, pixels, weights, strict=True):
+            _, h, w, _ = level.shape
+            columns = [_axis_weights(x, w) for x, _ in points]
+            rows = [
+                _axis_weights(y, h) * a[:, None]
+                for (_, y), a in zip(points, of_points, strict=True)
+            ]
+            total += _sum_of_products(rows, columns, level)
+        return total.astype(value.dtype)
+
+    out = jax.lax.map(head, (levels, pixels, weights))
+    return out.transpose(1, 3, 0, 2).reshape(b, -1, m * d)
+
+
+def _axis_weights(pixel: jax.Array, size: int) -> jax.Array:
+    """Linear interpolation at `pixel` [B,Lq]: the weights of all `size` pixels, [B,size,Lq]."""
+    low = jnp.floor(pixel)
+    above = (pixel - low)[:, None]
+    is_low = np.arange(size, dtype=np.float32)[:, None] - low[:, None]
+    return jnp.where(is_low == 0, 1 - above, jnp.where(is_low == 1, above, 0))
+
+
+@jax.custom_vjp
+def _sum_of_products(
+    rows: list[jax.Array], columns: list[jax.Array], value: jax.Array
+) -> jax.Array:
+    """sum_{p,y,x} rows[p]_yq columns[p]_xq value_yxd -> float32 [B,D,Lq].
+
+    The backward pass is our own: it has no array of the pixels by the queries but this matrix of
+    weights, which XLA makes inside of the product.
+
+    Args:
+        rows: P of float32 [B,h,Lq].
+        columns: P of float32 [B,w,Lq].
+        value: [B,h,w,D]; its dtype is that of the products.
+    """
+    return _contract("byxq,byxd->bdq", _outer_sum(rows, columns), value)
+
+
+def _outer_sum(rows, columns):
+    return sum(y[:, :, None] * x[:, None] for y, x in zip(rows, columns, strict=True))
+
+
+def _sum_of_products_forward(rows, columns, value):
+    return _sum_of_products(rows, columns, value), (rows, columns, value)
+
+
+def _sum_of_products_backward(saved, cotangent):
+    rows, columns, value = saved
+    cotangent = cotangent.astype(value.dtype)
+
+    def times_cotangent(weights):
+        return weights.astype(value.dtype)[:, :, None] * cotangent[:, None]
+
+    of_rows = [_contract("byxd,bxdq->byq", value, times_cotangent(x)) for x in columns]
+    of_columns = [_contract("byxd,bydq->bxq", value, times_cotangent(y)) for y in rows]
+    of_value = _contract("byxq,bdq->byxd", _outer_sum(rows, columns), cotangent)
+    return of_rows, of_columns, of_value.astype(value.dtype)
+
+
+_sum_of_products.defvjp(_sum_of_products_forward, _sum_of_products_backward)
+
+
+def _contract(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product in the dtype of the second that adds up in float32."""
+    return jnp.einsum(spec, left.astype(right.dtype), right, preferred_element_type=jnp.float32)
 
 
 class MSDeformAttn(nn.Module):
