@@ -33,3 +33,16 @@ def test_data() -> pathlib.Path:
     if not root.is_dir():
         pytest.skip(f"no real test data at {root}; set REFSEG_TEST_DATA to where it lies")
     return root
+
+
+@pytest.fixture
+def like_a_tpu(monkeypatch):
+    """Call it, and what is traced from then on is what a TPU runs, where that differs."""
+
+    def choose():
+        monkeypatch.setattr(
+            "jax.lax.platform_dependent",
+            lambda *arguments, default, tpu=None, **others: (tpu or default)(*arguments),
+        )
+
+    return choose

@@ -1,5 +1,7 @@
 """AlignFormer: its equations as slow loops, its variants, and its size in the paper's recipe."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,25 @@ def test_logits_at_a_quarter_for_any_size_and_padding_words_are_not_read():
     changed = model.apply(variables, image, tokens.at[0, 1].add(1), token_mask)["logits"]
     assert np.abs(changed[0] - outputs["logits"][0]).max() > 1e-4
     np.testing.assert_allclose(changed[1], outputs["logits"][1], atol=1e-5)
+
+
+def test_a_tpu_computes_the_same(like_a_tpu):
+    model, arguments = build(), inputs(50, 70)
+    variables = model.init(jax.random.key(0), *arguments)
+
+    def loss(params):
+        return jnp.mean(model.apply(variables | {"params": params}, *arguments)["logits"] ** 2)
+
+    def value_and_gradients():
+        return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+    elsewhere = value_and_gradients()
+    like_a_tpu()
+    value, gradients = value_and_gradients()
+    assert float(value) == pytest.approx(float(elsewhere[0]), rel=1e-4)
+    for path, ours in jax.tree.leaves_with_path(gradients):
+        theirs = functools.reduce(lambda tree, key: tree[key.key], path, elsewhere[1])
+        assert jnp.abs(ours - theirs).max() <= 1e-4 * jnp.abs(theirs).max() + 1e-5, path
 
 
 def test_logits_are_products_of_the_embeddings_as_printed():

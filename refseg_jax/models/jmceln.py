@@ -114,11 +114,10 @@ class LSRAN(nn.Module):
     def __call__(self, fused: jax.Array, train: bool) -> jax.Array:
         """F_m [B, h, w, dim] -> F_mt of stage 0, of the same shape."""
         cfg = self.config
-        _, h, w, C = fused.shape
+        B, *size, C = fused.shape
         y = nn.LayerNorm(EPSILON, dtype=self.dtype, use_fast_variance=False, name="norm")(fused)
-        y = jnp.pad(y, ((0, 0), (0, -h % cfg.window), (0, -w % cfg.window), (0, 0)))
-        y = WindowAttention(cfg.heads, cfg.window, self.dtype, name="attention")(y, None)
-        y = fused + y[:, :h, :w]
+        attention = WindowAttention(cfg.heads, cfg.window, self.dtype, name="attention")
+        y = fused + attention(y.reshape(B, -1, C), tuple(size)).reshape(fused.shape)
         relations = [
             ConvNorm(
                 C // len(cfg.dilations),

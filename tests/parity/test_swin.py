@@ -10,7 +10,7 @@ import torch
 import transformers
 from flax import linen as nn
 
-from refseg_jax.models.encoders.swin import Swin, SwinConfig
+from refseg_jax.models.encoders.swin import Swin, SwinConfig, gather_windows
 from refseg_jax.weights.hf import swin_from_hf
 from tests.parity.hf_models import arrays, random_params, redraw, relative_error
 
@@ -115,6 +115,30 @@ def test_stage_by_stage_is_the_whole():
     stages = jax.jit(_ByStages().apply)({"params": params}, image)
     whole = jax.jit(Swin(TINY).apply)({"params": params["swin"]}, image)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stages, whole)
+
+
+@pytest.mark.parametrize("whole_map", [1024, 0], ids=["whole", "strips"])
+def test_a_tpu_moves_cells_by_products(whole_map, like_a_tpu, monkeypatch):
+    monkeypatch.setattr("refseg_jax.models.encoders.swin._WHOLE_MAP", whole_map)
+    config = dataclasses.replace(TINY, depths=(2, 2), window=4)
+    image = _image(28, 44)
+    params = random_params(Swin(config), image)
+
+    def loss(params, image):
+        return sum(jnp.mean(x**2) for x in Swin(config).apply({"params": params}, image))
+
+    def value_and_gradients():
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, image)
+
+    by_moves = value_and_gradients()
+    like_a_tpu()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        by_moves,
+        value_and_gradients(),
+    )
+    jaxpr = str(jax.make_jaxpr(lambda x: gather_windows(x, (7, 11), 4, 2))(jnp.ones((1, 77, 3))))
+    assert "dot_general" in jaxpr
 
 
 def test_remat_changes_memory_only():

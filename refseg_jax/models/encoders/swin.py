@@ -8,6 +8,7 @@ norms, attention logits and softmax are computed in float32, and the logits kept
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,13 @@ class SwinConfig:
         return tuple(self.embed_dim * 2**i for i in range(len(self.depths)))
 
 
-def _shift_regions(h: int, w: int, window: int, shift: int) -> np.ndarray:
+def _whole_windows(size: tuple[int, int], window: int) -> tuple[int, int]:
+    """`size` (h, w), padded to multiples of `window`."""
+    h, w = size
+    return h + -h % window, w + -w % window
+
+
+def _shift_regions(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
     """Which cells were neighbours before the cyclic shift: equal numbers, int32 [windows, window²].
 
     After the shift the last window of an axis holds cells from both ends of the map: the axis has
@@ -71,9 +78,92 @@ def _shift_regions(h: int, w: int, window: int, shift: int) -> np.ndarray:
         cell = np.arange(n, dtype=np.int32)
         return (cell >= n - window) + np.int32(cell >= n - shift)
 
-    regions = 3 * axis(h)[:, None] + axis(w)
-    regions = regions.reshape(h // window, window, w // window, window)
-    return regions.transpose(0, 2, 1, 3).reshape(-1, window * window)
+    h, w = _whole_windows(size, window)
+    return _by_windows((3 * axis(h)[:, None] + axis(w))[None, ..., None], window)[..., 0]
+
+
+def _by_windows(x: jax.Array | np.ndarray, window: int) -> jax.Array | np.ndarray:
+    """[B, h, w, C] of whole windows -> [B · windows, window², C]."""
+    B, h, w, C = x.shape
+    x = x.reshape(B, h // window, window, w // window, window, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, window * window, C)
+
+
+def _from_windows(x: jax.Array, size: tuple[int, int], window: int) -> jax.Array:
+    """The inverse of `_by_windows`; `size` is (h, w)."""
+    h, w = size
+    x = x.reshape(-1, h // window, w // window, window, window, x.shape[-1])
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, h, w, x.shape[-1])
+
+
+def gather_windows(x: jax.Array, size: tuple[int, int], window: int, shift: int) -> jax.Array:
+    """Cells in windows that lie `shift` cells further down and right, cyclically.
+
+    [B, h·w, C], row by row, `size` (h, w) -> [B · windows, window², C]. Zeros pad the map to whole
+    windows before it is shifted.
+    """
+
+    def by_moves(x):
+        (h, w), (H, W) = size, _whole_windows(size, window)
+        x = x.reshape(-1, h, w, x.shape[-1])
+        x = jnp.pad(x, ((0, 0), (0, H - h), (0, W - w), (0, 0)))
+        return _by_windows(jnp.roll(x, (-shift, -shift), (1, 2)), window)
+
+    def by_products(x):
+        strip = _strip(size, window)
+        if strip != size:
+            missing = -size[0] % window * size[1]
+            x = jnp.roll(jnp.pad(x, ((0, 0), (0, missing), (0, 0))), -shift * size[1], 1)
+        pick = _picks(strip, window, (shift if strip == size else 0, shift), x.dtype)
+        x = x.reshape(-1, math.prod(strip), x.shape[-1])
+        x = jnp.einsum("mn,bnc->bmc", pick, x, precision=jax.lax.Precision.HIGHEST)
+        return x.reshape(-1, window * window, x.shape[-1])
+
+    return jax.lax.platform_dependent(x, tpu=by_products, default=by_moves)
+
+
+def scatter_windows(x: jax.Array, size: tuple[int, int], window: int, shift: int) -> jax.Array:
+    """The inverse of `gather_windows`, without the padding."""
+
+    def by_moves(x):
+        x = _from_windows(x, _whole_windows(size, window), window)
+        x = jnp.roll(x, (shift, shift), (1, 2))[:, : size[0], : size[1]]
+        return x.reshape(-1, math.prod(size), x.shape[-1])
+
+    def by_products(x):
+        strip = _strip(size, window)
+        pick = _picks(strip, window, (shift if strip == size else 0, shift), x.dtype)
+        x = x.reshape(-1, len(pick), x.shape[-1])
+        x = jnp.einsum("mn,bmc->bnc", pick, x, precision=jax.lax.Precision.HIGHEST)
+        if strip != size:
+            x = x.reshape(-1, _whole_windows(size, window)[0] * size[1], x.shape[-1])
+            x = jnp.roll(x, shift * size[1], 1)[:, : math.prod(size)]
+        return x
+
+    return jax.lax.platform_dependent(x, tpu=by_products, default=by_moves)
+
+
+# A TPU moves cells about in tiles of 8 or 16 rows, which windows do not fit. A product with ones
+# and zeros takes less time: over the whole of a small map, else over a row of windows.
+_WHOLE_MAP = 1024
+
+
+def _strip(size: tuple[int, int], window: int) -> tuple[int, int]:
+    """(h, w) of what one such product rearranges."""
+    return size if math.prod(size) <= _WHOLE_MAP else (window, size[1])
+
+
+def _picks(
+    size: tuple[int, int], window: int, shift: tuple[int, int], dtype: jnp.dtype
+) -> jax.Array:
+    """[cells in whole windows, h·w] of ones and zeros: which cell comes to lie where."""
+    (h, w), (H, W) = size, _whole_windows(size, window)
+    cell = np.pad(
+        np.arange(h * w, dtype=np.int32).reshape(h, w), ((0, H - h), (0, W - w)), constant_values=-1
+    )
+    cell = np.roll(cell, (-shift[0], -shift[1]), (0, 1))
+    cell = jnp.asarray(_by_windows(cell[None, ..., None], window).ravel())
+    return (cell[:, None] == jnp.arange(h * w, dtype=jnp.int32)).astype(dtype)
 
 
 @jax.custom_vjp
@@ -130,8 +220,9 @@ window_attention.defvjp(_attend, _attend_backward)
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside non-overlapping windows, with relative position bias.
 
-    `__call__(x [B, h, w, C], regions int [windows, window²] or None) -> [B, h, w, C]`; h and w are
-    multiples of `window`. Cells of different regions do not attend to each other.
+    `__call__(x [B, h·w, C], size (h, w), shift) -> [B, h·w, C]`, for any h and w: zeros pad the map
+    to whole windows. These lie `shift` cells further down and right, cyclically, and only cells
+    that are neighbours on the map attend to each other.
     """
 
     heads: int
@@ -139,26 +230,22 @@ class WindowAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, regions: np.ndarray | None) -> jax.Array:
-        B, h, w, C = x.shape
-        heads, win = self.heads, self.window
-        rows, cols, cells = h // win, w // win, win * win
-
+    def __call__(self, x: jax.Array, size: tuple[int, int], shift: int = 0) -> jax.Array:
+        B, _, C = x.shape
+        d = C // self.heads
         # Windows first, while an array's last axis still holds all channels: accelerators move that
         # well, and heads of 32 channels badly.
-        x = x.reshape(B, rows, win, cols, win, C).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(B * rows * cols, cells, C)
-        qkv = nn.Dense(3 * C, dtype=self.dtype, kernel_init=_INIT, name="qkv")(x)
+        x = gather_windows(x, size, self.window, shift)
         q, k, v = (
-            part.reshape(-1, cells, heads, C // heads).swapaxes(1, 2)
-            for part in jnp.split(qkv, 3, -1)
+            part.reshape(*x.shape[:2], self.heads, d).swapaxes(1, 2)
+            for part in SplitDense(3, C, self.dtype, name="qkv")(x)
         )
-        q *= (C // heads) ** -0.5
-        y = window_attention(q, k, v, self._position_bias(), regions)
-        y = y.swapaxes(1, 2).reshape(x.shape)
-        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
-        y = y.reshape(B, rows, cols, win, win, C).transpose(0, 1, 3, 2, 4, 5)
-        return y.reshape(B, h, w, C)
+        regions = _shift_regions(size, self.window, shift) if shift else None
+        y = window_attention(q * d**-0.5, k, v, self._position_bias(), regions)
+        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(
+            y.swapaxes(1, 2).reshape(x.shape)
+        )
+        return scatter_windows(y, size, self.window, shift)
 
     def _position_bias(self) -> jax.Array:
         """Bias of query cell (i, j) on key cell (p, q), float32 [heads, window², window²].
@@ -180,12 +267,37 @@ class WindowAttention(nn.Module):
         return bias.reshape(self.heads, win * win, win * win)
 
 
+class SplitDense(nn.Module):
+    """`parts` dense layers of `features` whose parameters lie side by side in one `kernel`.
+
+    `__call__(x [..., C]) -> parts x [..., features]`. On a TPU each is a product of its own, as
+    splitting one result copies it; elsewhere the one product is faster.
+    """
+
+    parts: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        width = self.parts * self.features
+        kernel = self.param("kernel", _INIT, (x.shape[-1], width)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        split = functools.partial(jnp.split, indices_or_sections=self.parts, axis=-1)
+        return jax.lax.platform_dependent(
+            x.astype(self.dtype),
+            kernel,
+            bias,
+            tpu=lambda x, k, b: [x @ k + b for k, b in zip(split(k), split(b), strict=True)],
+            default=lambda x, k, b: split(x @ k + b),
+        )
+
+
 class SwinBlock(nn.Module):
     """Pre-norm window attention and feed-forward, each with a residual and stochastic depth.
 
-    `__call__(x [B, h, w, C], shift, train) -> [B, h, w, C]`, for any h and w; the windows lie
-    `shift` cells further down and right. Stochastic depth drops whole samples, with the random
-    stream "dropout".
+    `__call__(x [B, h·w, C], size (h, w), shift, train) -> [B, h·w, C]`; `shift` is that of
+    `WindowAttention`. Stochastic depth drops whole samples, with the random stream "dropout".
     """
 
     heads: int
@@ -195,17 +307,13 @@ class SwinBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, shift: int, train: bool) -> jax.Array:
-        _, h, w, C = x.shape
-        drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), deterministic=not train)
+    def __call__(self, x: jax.Array, size: tuple[int, int], shift: int, train: bool) -> jax.Array:
+        C = x.shape[-1]
+        drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
 
         y = _norm(dtype=self.dtype, name="norm1")(x)
-        y = jnp.pad(y, ((0, 0), (0, -h % self.window), (0, -w % self.window), (0, 0)))
-        regions = _shift_regions(*y.shape[1:3], self.window, shift) if shift else None
-        y = jnp.roll(y, (-shift, -shift), (1, 2))
-        y = WindowAttention(self.heads, self.window, self.dtype, name="attention")(y, regions)
-        y = jnp.roll(y, (shift, shift), (1, 2))
-        x = x + drop_path(y[:, :h, :w])
+        y = WindowAttention(self.heads, self.window, self.dtype, name="attention")(y, size, shift)
+        x = x + drop_path(y)
 
         y = _norm(dtype=self.dtype, name="norm2")(x)
         y = nn.Dense(int(C * self.mlp_ratio), dtype=self.dtype, kernel_init=_INIT, name="fc1")(y)
@@ -243,7 +351,7 @@ class Swin(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        block = nn.remat(SwinBlock, static_argnums=(2, 3)) if c.remat else SwinBlock
+        block = nn.remat(SwinBlock, static_argnums=(2, 3, 4)) if c.remat else SwinBlock
         rates = iter(np.linspace(0, c.drop_path, sum(c.depths)).tolist())
         patch = (c.patch_size, c.patch_size)
         self.patch = nn.Conv(
@@ -273,10 +381,12 @@ class Swin(nn.Module):
     def stage(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """The blocks of stage `i`, counted from 0; shape [B, h, w, widths[i]] is kept."""
         c = self.config
-        shifts = c.shift_small_maps or min(x.shape[1:3]) > c.window
+        B, *size, C = x.shape
+        shifts = c.shift_small_maps or min(size) > c.window
+        x = x.reshape(B, -1, C)
         for j, block in enumerate(self.blocks[i]):
-            x = block(x, c.window // 2 if shifts and j % 2 else 0, train)
-        return x
+            x = block(x, tuple(size), c.window // 2 if shifts and j % 2 else 0, train)
+        return x.reshape(B, *size, C)
 
     def merge(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """Patch merging after stage `i`; the last stage has none."""
