@@ -157,9 +157,12 @@ def test_resize_equals_torch(size, align_corners):
     )
 
 
+@pytest.mark.parametrize("on_tpu", [False, True])
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("size", [(12, 20), (11, 13), (6, 10)])
-def test_resized_conv_equals_torch(size, align_corners):
+def test_resized_conv_equals_torch(size, align_corners, on_tpu, like_a_tpu):
+    if on_tpu:
+        like_a_tpu()
     x, kernel = normal(2, 6, 10, 4), normal(3, 3, 4, 5)
     resized = torch.nn.functional.interpolate(
         torch.tensor(x).permute(0, 3, 1, 2), size, mode="bilinear", align_corners=align_corners

@@ -27,10 +27,6 @@ def resized_conv(
 ) -> jax.Array:
     """3x3 convolution, zeros around the map, of `resize_bilinear(x, size, align_corners)`.
 
-    Resizing is linear over pixels and the product with one cell of the kernel linear over
-    channels, so either may come first. Here the products do, over x's fewer pixels; resizing them
-    and shifting each to its place is then one matrix product per axis.
-
     Args:
         x: [B,h,w,C].
         kernel: [3,3,C,D], of the dtype of `x`.
@@ -38,6 +34,29 @@ def resized_conv(
 
     Returns:
         [B,H,W,D] in the dtype of `x`.
+    """
+
+    def convolve_resized(x, kernel):
+        x = resize_bilinear(x, size, align_corners)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_resize_products, size=size, align_corners=align_corners),
+        default=convolve_resized,
+    )
+
+
+def _resize_products(
+    x: jax.Array, kernel: jax.Array, size: tuple[int, int], align_corners: bool
+) -> jax.Array:
+    """`resized_conv` in a quarter of the operations, or fewer, but more moves of memory.
+
+    Resizing is linear over pixels and the product with one cell of the kernel linear over
+    channels, so either may come first. Here the products do, over x's fewer pixels; resizing them
+    and shifting each to its place is then one matrix product per axis.
     """
     B, h, w, C = x.shape
     D = kernel.shape[-1]
@@ -59,14 +78,15 @@ def resized_conv(
 def _resize(
     x: jax.Array, size: tuple[int, int], interpolation: Callable[[int, int], np.ndarray]
 ) -> jax.Array:
-    _, h, w = x.shape[:3]
-
-    def mix(spec: str, matrix: np.ndarray, x: jax.Array) -> jax.Array:
+    def mix(spec: str, source: int, target: int, x: jax.Array) -> jax.Array:
+        if source == target:
+            return x
         # Interpolated values are part of the answer, so no reduced-precision passes.
-        return jnp.einsum(spec, matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+        matrix = interpolation(source, target).astype(x.dtype)
+        return jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
 
-    x = mix("Hh,bhw...->bHw...", interpolation(h, size[0]), x)
-    return mix("Ww,bHw...->bHW...", interpolation(w, size[1]), x)
+    x = mix("Hh,bhw...->bHw...", x.shape[1], size[0], x)
+    return mix("Ww,bHw...->bHW...", x.shape[2], size[1], x)
 
 
 def _positions(source: int, target: int, align_corners: bool) -> np.ndarray:
