@@ -86,7 +86,10 @@ def product_flops(jaxpr: Jaxpr) -> int:
             each = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * each
         inner = [product_flops(x) for x in jaxprs_in_params(eqn.params)]
-        if eqn.primitive.name == "cond":  # Also what differs by platform.
+        platforms = eqn.params.get("branches_platforms")
+        if platforms:  # A platform's own way to the same numbers is not the model's.
+            total += inner[platforms.index(None)]
+        elif eqn.primitive.name == "cond":
             total += max(inner)
         else:
             total += eqn.params.get("length", 1) * sum(inner)
