@@ -1,6 +1,8 @@
 """Convolutions: followed by a batch norm, and channel by channel."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,10 +44,28 @@ class ConvNorm(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            conv_general_dilated=_convolve,
             name="conv",
         )(x)
         x = BatchNorm(dtype=self.dtype, name="norm")(x, train)
         return x if self.activation is None else self.activation(x)
+
+
+def _convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, **how: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`; a CPU multiplies with a 1x1 kernel, in half the time."""
+    convolution = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **how
+    )
+    if kernel.shape[:2] != (1, 1):
+        return convolution(x, kernel)
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: x[:, :: strides[0], :: strides[1]] @ kernel[0, 0],
+        default=convolution,
+    )
 
 
 class DepthwiseConv(nn.Module):
