@@ -1,6 +1,8 @@
 """Mesh, parameter sharding by ordered path rules, and host arrays to device batches."""
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +38,17 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
     )
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, traced so that its kernels find the mesh whose devices they are divided among."""
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,7 +26,14 @@ from refseg_jax.logging import MetricWriter
 from refseg_jax.optim import make_optimizer
 from refseg_jax.predict import make_predict_step
 from refseg_jax.processes import agree, meet
-from refseg_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding, to_device
+from refseg_jax.sharding import (
+    batch_sharding,
+    make_mesh,
+    on_mesh,
+    replicated,
+    state_sharding,
+    to_device,
+)
 from refseg_jax.train_state import TrainState, init_state, init_variables
 from refseg_jax.weights.initial import load_initial
 
@@ -117,7 +124,7 @@ def make_train_step(
         ema_decay=config.train.ema_decay,
     )
     return jax.jit(
-        step,
+        on_mesh(mesh, step),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

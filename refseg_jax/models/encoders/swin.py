@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.positions import sine_positions
+from refseg_jax.models.layers.window_attention import window_attention
 
 _INIT = nn.initializers.truncated_normal(stddev=0.02)
 # Flax's own variance, E[x²] - E[x]², cancels on the large activations of the late stages.
@@ -166,57 +167,6 @@ def _picks(
     return (cell[:, None] == jnp.arange(h * w, dtype=jnp.int32)).astype(dtype)
 
 
-@jax.custom_vjp
-def window_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, regions: np.ndarray | None
-) -> jax.Array:
-    """softmax(q k^T + bias) v in every window, where cells of one region see each other.
-
-    q (scaled), k, v [W, heads, n, d], bias float32 [heads, n, n], regions int [windows of one
-    sample, n] or None -> [W, heads, n, d] in their dtype. Sums are float32, as is the softmax; the
-    logits are kept in the dtype of `q`, as their traffic is most of what the attention costs. For
-    the same reason the backward pass is our own: it reads the logits, and neither they nor the
-    weights are read just to be summed up.
-    """
-    return _attend(q, k, v, bias, regions)[0]
-
-
-def _attend(q, k, v, bias, regions):
-    logits = jnp.matmul(q, k.mT, preferred_element_type=jnp.float32)
-    if regions is None:
-        logits += bias
-    else:
-        regions = jnp.asarray(regions)
-        same = regions[:, None, :, None] == regions[:, None, None, :]
-        by_sample = logits.reshape(-1, len(regions), *logits.shape[1:])
-        logits = (by_sample + bias + jnp.where(same, 0.0, -100.0)).reshape(logits.shape)
-    logits = logits.astype(q.dtype)
-    largest = logits.max(-1, keepdims=True).astype(jnp.float32)
-    weights = jnp.exp(logits.astype(jnp.float32) - largest).astype(v.dtype)
-    # The product with ones is the softmax's denominator.
-    ones = jnp.ones_like(v[..., :1])
-    y = jnp.matmul(weights, jnp.concatenate([v, ones], -1), preferred_element_type=jnp.float32)
-    y, total = y[..., :-1], y[..., -1:]
-    y = (y / total).astype(v.dtype)
-    return y, (q, k, v, logits, largest + jnp.log(total), y)
-
-
-def _attend_backward(saved, cotangent):
-    q, k, v, logits, log_total, y = saved
-    weights = jnp.exp(logits.astype(jnp.float32) - log_total)
-    of_weights = jnp.matmul(cotangent, v.mT, preferred_element_type=jnp.float32)
-    # sum_j weights_ij of_weights_ij, from the outputs.
-    mean = (cotangent.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True)
-    of_logits = weights * (of_weights - mean)
-    of_bias = of_logits.sum(0)
-    of_logits = of_logits.astype(q.dtype)
-    of_v = jnp.matmul(weights.astype(v.dtype).mT, cotangent)
-    return jnp.matmul(of_logits, k), jnp.matmul(of_logits.mT, q), of_v, of_bias, None
-
-
-window_attention.defvjp(_attend, _attend_backward)
-
-
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside non-overlapping windows, with relative position bias.
 
@@ -231,20 +181,15 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int], shift: int = 0) -> jax.Array:
-        B, _, C = x.shape
-        d = C // self.heads
+        C = x.shape[-1]
         # Windows first, while an array's last axis still holds all channels: accelerators move that
         # well, and heads of 32 channels badly.
         x = gather_windows(x, size, self.window, shift)
-        q, k, v = (
-            part.reshape(*x.shape[:2], self.heads, d).swapaxes(1, 2)
-            for part in SplitDense(3, C, self.dtype, name="qkv")(x)
-        )
+        q, k, v = SplitDense(3, C, self.dtype, name="qkv")(x)
+        q *= (C // self.heads) ** -0.5
         regions = _shift_regions(size, self.window, shift) if shift else None
-        y = window_attention(q * d**-0.5, k, v, self._position_bias(), regions)
-        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(
-            y.swapaxes(1, 2).reshape(x.shape)
-        )
+        y = window_attention(q, k, v, self._position_bias(), regions)
+        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
         return scatter_windows(y, size, self.window, shift)
 
     def _position_bias(self) -> jax.Array:
