@@ -14,7 +14,8 @@ nothing a measurement:
 - tflops, gbytes: work of one chip as the compiler counts it; model_tflops: that of the products and
   convolutions by the shapes of the traced forward pass, times 3 for a train step;
 - collectives: of each kind, how many, and the MiB of their results in one chip;
-- mcycles: millions of estimated cycles, a loop's body counted as often as it runs; share_of_peak:
+- mcycles: millions of estimated cycles, a loop's body counted as often as it runs, and for our own
+  kernels the instructions that they compile to (benchmarks/tpu_kernels.py); share_of_peak:
   model_tflops over the most that the chip does in that time;
 - worst: the operations of most cycles and their shares, those of like blocks taken together.
 """
@@ -138,8 +139,8 @@ def result_bytes(types: str) -> int:
     return total
 
 
-def lower(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
-    """The step for the devices of `mesh`, lowered."""
+def trace_step(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
+    """The step for the devices of `mesh`, traced."""
     model, tx, state = paper_state(config)
     batch = batch_shapes(config, rows)
     if step == "train":
@@ -150,7 +151,7 @@ def lower(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
         batch = {name: batch[name] for name in INPUTS}
         function = make_predict_step(model, batch_sharding(mesh))
         argument = with_sharding(state.variables(), replicated(mesh))
-    return function.lower(argument, with_sharding(batch, batch_sharding(mesh)))
+    return function.trace(argument, with_sharding(batch, batch_sharding(mesh)))
 
 
 def fingerprint(lowered: Any) -> str:
@@ -174,7 +175,7 @@ def trace(
 ) -> tuple[dict[str, Any], Any]:
     """(what is known before compiling, the lowered step); `batch` rows per chip."""
     mesh, config = mesh_of(topology), paper_config(name, dtype)
-    lowered = lower(config, step, mesh, batch * mesh.size)
+    lowered = trace_step(config, step, mesh, batch * mesh.size).lower()
     flops = forward_flops(config) * batch * (3 if step == "train" else 1)
     row = {"config": name, "step": step, "topology": topology, "chips": mesh.size}
     row |= {"batch_per_chip": batch, "dtype": dtype}
@@ -216,6 +217,11 @@ def estimate(row: dict[str, Any], lowered: Any) -> tuple[dict[str, Any], str]:
         "compile_s": round(time.perf_counter() - begun, 1),
     }
     if row["level"] == "default":
+        if "tpu_custom_call" in text:
+            from benchmarks.tpu_kernels import kernel_cycles
+
+            names = "config", "step", "topology", "batch_per_chip", "dtype"
+            program.cycles.update(kernel_cycles(*(row[name] for name in names)))
         cycles = program.cycles.total()
         most = chip.tflops * cycles / (chip.ghz * 1e9)
         row["mcycles"] = round(cycles / 1e6, 2)

@@ -1,0 +1,109 @@
+"""How long do a step's own kernels take on a TPU? By the instructions that they compile to.
+
+XLA estimates cycles for its operations, but has none for a kernel that it is given. So
+benchmarks/tpu_compile.py starts this as a process of its own, in which libtpu writes down the
+instructions of each kernel, compiled by itself: one bundle of them per cycle, as often as the
+kernel's grid has steps.
+
+    python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
+
+prints a JSON object of the cycles of one chip by kernel.
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.paper import jaxprs_in_params, paper_config
+from benchmarks.tpu_compile import mesh_of, trace_step
+
+
+def kernel_cycles(config: str, step: str, topology: str, rows: int, dtype: str) -> dict[str, int]:
+    """What the process prints."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.tpu_kernels",
+        config,
+        step,
+        topology,
+        str(rows),
+        dtype,
+    ]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout)
+
+
+def kernels_of(jaxpr: Jaxpr) -> list[tuple[JaxprEqn, int]]:
+    """A TPU's different kernels of a traced function, each with how often it is called."""
+    kernels: dict[str, JaxprEqn] = {}
+    times = collections.Counter()
+
+    def find(jaxpr: Jaxpr, many: int) -> None:
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "pallas_call":
+                shapes = [str(v.aval) for v in (*eqn.invars, *eqn.outvars)]
+                key = f"{eqn.params['name']} {shapes}"
+                kernels[key] = eqn
+                times[key] += many
+                continue
+            inner = list(jaxprs_in_params(eqn.params))
+            platforms = eqn.params.get("branches_platforms")
+            if platforms:
+                tpu = [x for x, p in zip(inner, platforms, strict=True) if p and "tpu" in p]
+                inner = tpu or [inner[platforms.index(None)]]
+            for x in inner:
+                find(x, many * eqn.params.get("length", 1))
+
+    find(jaxpr, 1)
+    return [(kernels[key], times[key]) for key in kernels]
+
+
+def bundles(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
+    """Instructions of one step of a kernel's grid, from what libtpu writes to `dump`."""
+    sharding = SingleDeviceSharding(device)
+    shapes = [
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in eqn.invars
+    ]
+    known = set(dump.iterdir())
+    jax.jit(lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params)).lower(*shapes).compile()
+    reports = set(dump.glob("*schedule-analysis_final_bundles.txt")) - known
+    # Beside the kernel's there are those of the program that does nothing but call it.
+    found = [
+        int(re.search(r"total scheduled bundles:\s+(\d+)", x.read_text()).group(1))
+        for x in reports
+        if not re.search(r"-TLP-|-<\S+>-", x.name)
+    ]
+    return max(found)
+
+
+def main() -> None:
+    name, step, topology, rows, dtype = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as dump:
+        # Read when libtpu starts, for the mesh.
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
+        mesh = mesh_of(topology)
+        traced = trace_step(paper_config(name, dtype), step, mesh, int(rows) * mesh.size)
+        cycles = collections.Counter()
+        for eqn, times in kernels_of(traced.jaxpr.jaxpr):
+            steps = math.prod(eqn.params["grid_mapping"].grid) * times
+            one = bundles(eqn, mesh.devices.flat[0], pathlib.Path(dump))
+            cycles[f"kernel {eqn.params['name']}"] += one * steps
+    print(json.dumps(cycles))
+
+
+if __name__ == "__main__":
+    main()
