@@ -69,8 +69,16 @@ def kernels_of(jaxpr: Jaxpr) -> list[tuple[JaxprEqn, int]]:
     return [(kernels[key], times[key]) for key in kernels]
 
 
+def write_down(directory: pathlib.Path) -> None:
+    """Has libtpu write instructions to `directory`; it must not have started, as for a mesh."""
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+    )
+
+
 def bundles(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
-    """Instructions of one step of a kernel's grid, from what libtpu writes to `dump`."""
+    """Instructions of one step of a kernel's grid, from what libtpu writes down in `dump`."""
     sharding = SingleDeviceSharding(device)
     shapes = [
         jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in eqn.invars
@@ -90,11 +98,7 @@ def bundles(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
 def main() -> None:
     name, step, topology, rows, dtype = sys.argv[1:]
     with tempfile.TemporaryDirectory() as dump:
-        # Read when libtpu starts, for the mesh.
-        os.environ["LIBTPU_INIT_ARGS"] = (
-            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=final_bundles"
-        )
+        write_down(pathlib.Path(dump))
         mesh = mesh_of(topology)
         traced = trace_step(paper_config(name, dtype), step, mesh, int(rows) * mesh.size)
         cycles = collections.Counter()

@@ -1,6 +1,8 @@
 """Every config compiles for TPUs and fits them, and docs/scale.md has the tables of its record."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is 
 
 from benchmarks import tpu_compile  # noqa: E402
 from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
+from tests.conftest import REPO  # noqa: E402
 
 ROWS = [json.loads(line) for line in (tpu_compile.DOCS / "scale.jsonl").read_text().splitlines()]
 
@@ -86,6 +89,47 @@ def test_operations_of_products():
     shapes = (jnp.zeros((2, 4, 4, 8)), jnp.zeros((8, 8)), jnp.zeros((3, 3, 4, 8)))
     product, conv = 2 * 2 * 16 * 8 * 8, 2 * 2 * 16 * 8 * (3 * 3 * 4)
     assert product_flops(jax.make_jaxpr(function)(*shapes).jaxpr) == conv + 6 * product
+
+
+def test_operations_where_platforms_differ():
+    def function(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+    assert product_flops(jax.make_jaxpr(function)(jnp.zeros((4, 4))).jaxpr) == 2 * 4**3
+
+
+# A kernel in a loop of 3, on a TPU only, and how many instructions it has.
+KERNELS = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from benchmarks import tpu_compile, tpu_kernels
+from refseg_jax.models.layers.window_attention import attend_in_kernel
+from refseg_jax.sharding import on_mesh
+
+dump = pathlib.Path(sys.argv[1])
+tpu_kernels.write_down(dump)
+mesh = tpu_compile.mesh_of("v5e:2x2")
+
+def attend(x, bias):
+    attention = lambda x: attend_in_kernel(x, x, x, bias, None)
+    step = lambda x, _: (jax.lax.platform_dependent(x, tpu=attention, default=lambda x: x), None)
+    return jax.lax.scan(step, x, length=3)[0]
+
+arrays = jnp.zeros((8, 16, 256), jnp.bfloat16), jnp.zeros((8, 16, 16))
+jaxpr = jax.make_jaxpr(on_mesh(mesh, attend))(*arrays).jaxpr
+for kernel, times in tpu_kernels.kernels_of(jaxpr):
+    grid = kernel.params["grid_mapping"].grid
+    print(times, *grid, tpu_kernels.bundles(kernel, mesh.devices.flat[0], dump))
+"""
+
+
+def test_instructions_of_kernels(tmp_path):
+    command = [sys.executable, "-c", KERNELS, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert result.returncode == 0, result.stderr
+    times, groups, windows, bundles = map(int, result.stdout.split())
+    assert (times, groups, windows) == (3, 2, 2)  # Of 256 channels; 8 windows on 4 chips.
+    assert 50 < bundles < 2000
 
 
 def test_the_page_has_the_tables_of_the_record():
