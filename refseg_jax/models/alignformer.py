@@ -21,6 +21,7 @@ from refseg_jax.models.encoders.bert import Bert, BertConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.deformable import DeformableEncoder
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear
@@ -110,7 +111,7 @@ class VLBA(nn.Module):
         channels, width = vision.shape[-1], language.shape[-1]
 
         def dense(features, name):
-            return nn.Dense(features, dtype=self.dtype, name=name)
+            return Dense(features, dtype=self.dtype, name=name)
 
         def fusion(name):
             return GatedFusion(self.fuse_hidden, self.gate_hidden, self.dtype, name=name)
@@ -156,7 +157,7 @@ class PixelDecoder(nn.Module):
         cfg = self.config
 
         def project(x, name):
-            x = nn.Dense(cfg.dim, dtype=self.dtype, name=name)(x)
+            x = Dense(cfg.dim, dtype=self.dtype, name=name)(x)
             return nn.GroupNorm(
                 math.gcd(32, cfg.dim), epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm"
             )(x)
@@ -200,7 +201,7 @@ class CentreDecoder(nn.Module):
         """language [B, T, D], levels [B, S_i, dim] from 1/8 to 1/32 -> L_e [B, dim]."""
         cfg = self.config
         query = sentence_vector(language, token_mask, cfg.query)
-        query = nn.Dense(cfg.dim, dtype=self.dtype, name="query")(query)[:, None]
+        query = Dense(cfg.dim, dtype=self.dtype, name="query")(query)[:, None]
         level_embedding = self.param(
             "level_embedding", nn.initializers.normal(0.02), (len(levels), cfg.dim)
         )
@@ -212,7 +213,7 @@ class CentreDecoder(nn.Module):
                 cfg.dim, cfg.heads, cfg.decoder_ffn, cfg.dropout, self.dtype, name=f"layer{i}"
             )(query, memory[level], key_positions=positions[level], train=train)
         if cfg.prior:
-            query = nn.Dense(
+            query = Dense(
                 cfg.dim,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(0.02),
@@ -245,7 +246,7 @@ class AlignFormer(nn.Module):
                 log_odds = math.log(cfg.prior / (1 - cfg.prior))
                 self.bias = self.param("bias", nn.initializers.constant(log_odds), ())
         else:
-            self.classifier = nn.Dense(1, dtype=self.dtype)
+            self.classifier = Dense(1, dtype=self.dtype)
 
     def __call__(
         self, image: jax.Array, tokens: jax.Array, token_mask: jax.Array, train: bool = False

@@ -24,6 +24,7 @@ from refseg_jax.models.encoders.resnet import ResNet, ResNetConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.decoder import ConvBlock
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.early_fusion import GatedResidual
 from refseg_jax.models.layers.norms import EPSILON
 from refseg_jax.models.layers.positions import sine_positions
@@ -118,8 +119,8 @@ class WPA(nn.Module):
         B, h, w, C = vision.shape
         T, D = language.shape[1:]
 
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+        def dense(features: int, name: str) -> Dense:
+            return Dense(features, use_bias=False, dtype=self.dtype, name=name)
 
         def gated(name: str) -> GatedResidual:
             return GatedResidual(self.dtype, self.shut_gates, name=name)
@@ -154,8 +155,8 @@ class CrossAttention(nn.Module):
         B, h, w, C = vision.shape
         D = language.shape[-1]
 
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, name=name)
+        def dense(features: int, name: str) -> Dense:
+            return Dense(features, dtype=self.dtype, name=name)
 
         shape = (self.grid, self.grid, D)
         positions = self.param("positions", nn.initializers.normal(0.02), shape)[None]
@@ -187,7 +188,7 @@ class MaskGenerator(nn.Module):
         cfg = self.config
         B, h, w, C = fused.shape
         dim = cfg.generator_dim
-        memory = nn.Dense(dim, dtype=self.dtype, name="memory")(fused.reshape(B, h * w, C))
+        memory = Dense(dim, dtype=self.dtype, name="memory")(fused.reshape(B, h * w, C))
         if cfg.generator_pre_norm:
             memory = nn.LayerNorm(EPSILON, dtype=self.dtype, name="memory_norm")(memory)
         queries = self.param("queries", nn.initializers.normal(1.0), (cfg.queries, dim))
@@ -224,7 +225,7 @@ class SegHead(nn.Module):
         y = fused
         for i, x in reversed(list(enumerate(features, 1))):
             y = ConvBlock(self.dim, self.dtype, relu_first=True, name=f"rho{i}")(y, train)
-            lateral = nn.Dense(self.dim, dtype=self.dtype, name=f"gamma{i}")(x)
+            lateral = Dense(self.dim, dtype=self.dtype, name=f"gamma{i}")(x)
             y = resize_bilinear(y, x.shape[1:3]) + lateral
         return y
 
@@ -246,9 +247,9 @@ class SMA(nn.Module):
     def __call__(self, masks: jax.Array, sentence: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Q_o [B, N, d_q], L_g [B, D] -> float32 Q_w [B, N] and E [B, N, seg_dim]."""
         init = nn.initializers.normal(0.02) if self.small else nn.initializers.lecun_normal()
-        masks = nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="masks")(masks)
+        masks = Dense(self.dim, use_bias=False, dtype=self.dtype, name="masks")(masks)
         cosine = jnp.einsum("bnd,bd->bn", unit_length(masks), unit_length(sentence))
-        embeddings = nn.Dense(
+        embeddings = Dense(
             self.seg_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="pixels"
         )(masks)
         return jax.nn.softmax(cosine / self.temperature), embeddings.astype(jnp.float32)
@@ -289,7 +290,7 @@ class CoupAlign(nn.Module):
         else:
             # Paper leaves open: what remains without SMA. Here: no proposals either.
             init = nn.initializers.constant(log_odds)
-            self.classifier = nn.Dense(1, dtype=self.dtype, bias_init=init)
+            self.classifier = Dense(1, dtype=self.dtype, bias_init=init)
 
     def __call__(
         self,

@@ -20,6 +20,7 @@ from refseg_jax.errors import UserError
 from refseg_jax.losses.segmentation import masked_mean, sigmoid_bce
 from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from refseg_jax.models.layers.conv import ConvNorm
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 from refseg_jax.models.layers.sentence import sentence_vector
@@ -115,7 +116,7 @@ class Neck(nn.Module):
         def join(*xs: jax.Array, name: str) -> jax.Array:
             return conv(jnp.concatenate(xs, -1), self.dims[1], 1, name)
 
-        said = nn.Dense(self.dims[2], use_bias=False, dtype=self.dtype, name="sentence")(sentence)
+        said = Dense(self.dims[2], use_bias=False, dtype=self.dtype, name="sentence")(sentence)
         said = norm(said, "sentence_norm")[:, None, None]
         coarse = norm(conv(coarse, self.dims[2], 1, "coarse") * said, "coarse_norm")
         middle = conv(middle, self.dims[1], 3, "middle")
@@ -170,7 +171,7 @@ class Attention(nn.Module):
             logits = jnp.where(key_mask[:, None, None], logits, -1e9)
         attention = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits))
         gathered = jnp.einsum("bhnt,bthd->bnhd", attention.astype(self.dtype), value)
-        return nn.Dense(C, dtype=self.dtype, name="out")(gathered.reshape(queries.shape))
+        return Dense(C, dtype=self.dtype, name="out")(gathered.reshape(queries.shape))
 
 
 class DecoderLayer(nn.Module):
@@ -199,8 +200,8 @@ class DecoderLayer(nn.Module):
         def attention(name: str) -> Attention:
             return Attention(cfg.heads, cfg.dropout, self.dtype, name=name)
 
-        def dense(width: int, name: str) -> nn.Dense:
-            return nn.Dense(width, dtype=self.dtype, name=name)
+        def dense(width: int, name: str) -> Dense:
+            return Dense(width, dtype=self.dtype, name=name)
 
         y = norm(pixels, "self_norm")
         placed = y + pixel_places
@@ -281,7 +282,7 @@ class Projector(nn.Module):
 
         # As PyTorch draws a linear layer, a third of the usual variance; or small.
         init = nn.initializers.variance_scaling(0.01 if self.prior else 1 / 3, "fan_in", "uniform")
-        said = nn.Dense(
+        said = Dense(
             9 * C + 1, dtype=self.dtype, kernel_init=init, bias_init=start, name="sentence"
         )(sentence)
         cells, shift = said[:, :-1].reshape(-1, C, 9), said[:, -1]

@@ -26,6 +26,7 @@ from refseg_jax.models.encoders.bert import Bert, BertConfig, BertLayer
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.decoder import MaskDecoder
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.early_fusion import GatedResidual, PixelWordAttention
 from refseg_jax.models.layers.resize import resize_bilinear
 
@@ -88,7 +89,7 @@ class PixelFusion(nn.Module):
         """vision [B, h, w, C], language [B, T, D], token_mask bool [B, T] -> [B, h, w, C]."""
         attention = PixelWordAttention(self.dim, self.heads, dtype=self.dtype, name="attention")
         fused = vision + attention(vision, language, token_mask)
-        return gelu(nn.Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused))
+        return gelu(Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused))
 
 
 class LanguageStage(nn.Module):
@@ -126,7 +127,7 @@ class Alignment(nn.Module):
         """vision [B, h, w, C], sentence [B, D] -> float32 [B, h, w]."""
 
         def unit(x: jax.Array, name: str) -> jax.Array:
-            return unit_length(nn.Dense(self.dim, dtype=self.dtype, name=name)(x))
+            return unit_length(Dense(self.dim, dtype=self.dtype, name=name)(x))
 
         return jnp.einsum("bhwc,bc->bhw", unit(vision, "vision"), unit(sentence, "language"))
 
@@ -159,7 +160,7 @@ class CrossVLT(nn.Module):
         self.merged_fusions = [fusion(width) for width in widths[1:]]
         self.merged_gates = [GatedResidual(self.dtype, cfg.shut_gates) for _ in widths[1:]]
         if cfg.align_loss == "aux":
-            self.aux_heads = [nn.Dense(1, dtype=self.dtype) for _ in widths]
+            self.aux_heads = [Dense(1, dtype=self.dtype) for _ in widths]
         elif cfg.align_stages:
             self.alignments = [Alignment(cfg.align_dim, self.dtype) for _ in widths]
             self.temperature = self.param(

@@ -22,6 +22,7 @@ from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision
 from refseg_jax.models.encoders.swin import WindowAttention
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.conv import ConvNorm, DepthwiseConv
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm, SwitchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 from refseg_jax.models.layers.sentence import sentence_vector
@@ -129,7 +130,7 @@ class LSRAN(nn.Module):
             )(y, train)
             for i, dilation in enumerate(cfg.dilations, 1)
         ]
-        mixed = nn.Dense(C, dtype=self.dtype, name="mix")(jnp.concatenate(relations, -1))
+        mixed = Dense(C, dtype=self.dtype, name="mix")(jnp.concatenate(relations, -1))
         return mixed * nn.Conv(C, (3, 3), dtype=self.dtype, name="boundary")(fused)
 
 
@@ -147,8 +148,8 @@ class PAN(nn.Module):
         """F_mt^i and F_mt'^(i+1), both [B, h, w, dim] -> F_mt^(i+1)."""
         C = self.dim
 
-        def dense(width: int, name: str) -> nn.Dense:
-            return nn.Dense(width, dtype=self.dtype, name=name)
+        def dense(width: int, name: str) -> Dense:
+            return Dense(width, dtype=self.dtype, name=name)
 
         def conv(width: int, name: str) -> nn.Conv:
             return nn.Conv(width, (3, 3), dtype=self.dtype, name=name)
@@ -217,7 +218,7 @@ class Upsampling(nn.Module):
         if self.prior:
             init = nn.initializers.normal(0.02)
             bias = jnp.array([0.0, math.log(self.prior / (1 - self.prior))])
-        classifier = nn.Dense(
+        classifier = Dense(
             2,
             dtype=self.dtype,
             kernel_init=init,

@@ -19,6 +19,7 @@ from refseg_jax.models.encoders.bert import Bert, BertConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.decoder import MaskDecoder
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.early_fusion import GatedResidual, PixelWordAttention
 
 
@@ -54,7 +55,7 @@ class PWAM(nn.Module):
         C = vision.shape[-1]
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            return gelu(nn.Dense(C, dtype=self.dtype, name=name)(x))
+            return gelu(Dense(C, dtype=self.dtype, name=name)(x))
 
         # As released, the scale is the whole width's, however many heads share it.
         attention = PixelWordAttention(C, self.heads, C**-0.5, self.dtype, name="attention")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from refseg_jax.models.layers.activations import gelu
+from refseg_jax.models.layers.dense import Dense
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -85,7 +86,7 @@ class BertLayer(nn.Module):
         c = self.config
         B, T, D = x.shape
         d = D // c.heads
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_INIT)
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=_INIT)
         dropout = nn.Dropout(c.dropout, deterministic=not train)
 
         def heads(y: jax.Array, parts: int) -> jax.Array:

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from refseg_jax.models.encoders.resnet import ResNet, ResNetConfig
 from refseg_jax.models.layers.conv import ConvNorm
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.resize import resize_bicubic
 
 # Flax's own variance, E[x²] - E[x]², cancels on large activations.
@@ -102,9 +103,9 @@ class AttentionPool(nn.Module):
         table = resize_bicubic(table.reshape(1, self.grid, self.grid, C), (h, w))
         cells = (x + table.astype(x.dtype)).reshape(B, h * w, C)
 
-        def dense(width: int, name: str) -> nn.Dense:
+        def dense(width: int, name: str) -> Dense:
             init = nn.initializers.normal(C**-0.5)
-            return nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)
+            return Dense(width, dtype=self.dtype, kernel_init=init, name=name)
 
         def split(name: str) -> jax.Array:
             return dense(C, name)(cells).reshape(B, h * w, self.heads, -1)
@@ -149,9 +150,9 @@ class ClipTextLayer(nn.Module):
         # The deviations that CLIP starts from.
         inner, outer = D**-0.5, (2 * c.layers * D) ** -0.5
 
-        def dense(width: int, deviation: float, name: str) -> nn.Dense:
+        def dense(width: int, deviation: float, name: str) -> Dense:
             init = nn.initializers.normal(deviation)
-            return nn.Dense(width, dtype=self.dtype, kernel_init=init, name=name)
+            return Dense(width, dtype=self.dtype, kernel_init=init, name=name)
 
         y = _norm(self.dtype, name="norm1")(x)
         qkv = dense(3 * D, inner, "qkv")(y).reshape(B, T, 3, c.heads, D // c.heads)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from refseg_jax.models.layers.activations import gelu
+from refseg_jax.models.layers.dense import Dense, SplitDense
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.window_attention import window_attention
 
@@ -185,11 +186,11 @@ class WindowAttention(nn.Module):
         # Windows first, while an array's last axis still holds all channels: accelerators move that
         # well, and heads of 32 channels badly.
         x = gather_windows(x, size, self.window, shift)
-        q, k, v = SplitDense(3, C, self.dtype, name="qkv")(x)
+        q, k, v = SplitDense(3, C, self.dtype, _INIT, name="qkv")(x)
         q *= (C // self.heads) ** -0.5
         regions = _shift_regions(size, self.window, shift) if shift else None
         y = window_attention(q, k, v, self._position_bias(), regions)
-        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
+        y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
         return scatter_windows(y, size, self.window, shift)
 
     def _position_bias(self) -> jax.Array:
@@ -210,32 +211,6 @@ class WindowAttention(nn.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         return bias.reshape(self.heads, win * win, win * win)
-
-
-class SplitDense(nn.Module):
-    """`parts` dense layers of `features` whose parameters lie side by side in one `kernel`.
-
-    `__call__(x [..., C]) -> parts x [..., features]`. On a TPU each is a product of its own, as
-    splitting one result copies it; elsewhere the one product is faster.
-    """
-
-    parts: int
-    features: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        width = self.parts * self.features
-        kernel = self.param("kernel", _INIT, (x.shape[-1], width)).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype)
-        split = functools.partial(jnp.split, indices_or_sections=self.parts, axis=-1)
-        return jax.lax.platform_dependent(
-            x.astype(self.dtype),
-            kernel,
-            bias,
-            tpu=lambda x, k, b: [x @ k + b for k, b in zip(split(k), split(b), strict=True)],
-            default=lambda x, k, b: split(x @ k + b),
-        )
 
 
 class SwinBlock(nn.Module):
@@ -261,8 +236,8 @@ class SwinBlock(nn.Module):
         x = x + drop_path(y)
 
         y = _norm(dtype=self.dtype, name="norm2")(x)
-        y = nn.Dense(int(C * self.mlp_ratio), dtype=self.dtype, kernel_init=_INIT, name="fc1")(y)
-        y = nn.Dense(C, dtype=self.dtype, kernel_init=_INIT, name="fc2")(gelu(y))
+        y = Dense(int(C * self.mlp_ratio), dtype=self.dtype, kernel_init=_INIT, name="fc1")(y)
+        y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="fc2")(gelu(y))
         return x + drop_path(y)
 
 
@@ -278,7 +253,7 @@ class PatchMerging(nn.Module):
         # Published weights order the four neighbours column by column.
         x = x.reshape(B, h // 2, 2, w // 2, 2, C).transpose(0, 1, 3, 4, 2, 5)
         x = _norm(dtype=self.dtype, name="norm")(x.reshape(B, h // 2, w // 2, 4 * C))
-        reduction = nn.Dense(
+        reduction = Dense(
             2 * C, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="reduction"
         )
         return reduction(x)

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refseg_jax.models.layers.dense import Dense
+
 
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention of `heads` heads in a joint width `dim`.
@@ -52,5 +54,5 @@ class MultiHeadAttention(nn.Module):
         return _linear(self.dim, self.dtype, "out")(attended)
 
 
-def _linear(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-    return nn.Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+def _linear(width: int, dtype: jnp.dtype, name: str) -> Dense:
+    return Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)

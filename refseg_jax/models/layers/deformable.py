@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.transformer import AddNorm, FeedForward
 
@@ -265,20 +266,20 @@ class MSDeformAttn(nn.Module):
         b, lq, _ = query.shape
         xavier = nn.initializers.xavier_uniform()
 
-        value = nn.Dense(self.dim, dtype=self.dtype, kernel_init=xavier, name="value_proj")(inputs)
+        value = Dense(self.dim, dtype=self.dtype, kernel_init=xavier, name="value_proj")(inputs)
         if mask is not None:
             value = jnp.where(mask[..., None], value, 0)
         value = value.reshape(b, -1, self.heads, self.dim // self.heads)
 
         grid = (self.heads, self.levels, self.points)
-        offsets = nn.Dense(
+        offsets = Dense(
             2 * math.prod(grid),
             dtype=jnp.float32,
             kernel_init=nn.initializers.zeros,
             bias_init=lambda *_: jnp.asarray(_ring(*grid)),
             name="sampling_offsets",
         )(query).reshape(b, lq, *grid, 2)
-        weights = nn.Dense(
+        weights = Dense(
             math.prod(grid),
             dtype=jnp.float32,
             kernel_init=nn.initializers.zeros,
@@ -289,7 +290,7 @@ class MSDeformAttn(nn.Module):
         size = np.array(spatial_shapes, np.float32)[:, None, ::-1]
         locations = reference_points[:, :, None, :, None] + offsets / size
         out = ms_deform_attn(value, spatial_shapes, locations, weights)
-        return nn.Dense(self.dim, dtype=self.dtype, kernel_init=xavier, name="output_proj")(out)
+        return Dense(self.dim, dtype=self.dtype, kernel_init=xavier, name="output_proj")(out)
 
 
 def _ring(heads: int, levels: int, points: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.norms import instance_norm
 
 
@@ -34,8 +35,8 @@ class PixelWordAttention(nn.Module):
             [B,h,w,C].
         """
 
-        def dense(width: int, name: str) -> nn.Dense:
-            return nn.Dense(width, dtype=self.dtype, name=name)
+        def dense(width: int, name: str) -> Dense:
+            return Dense(width, dtype=self.dtype, name=name)
 
         def split(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], self.heads, self.dim // self.heads)
@@ -68,10 +69,8 @@ class GatedResidual(nn.Module):
         small = nn.initializers.truncated_normal(0.02)
         init = small if self.shut else nn.initializers.lecun_normal()
 
-        def dense(name: str) -> nn.Dense:
-            return nn.Dense(
-                x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=init, name=name
-            )
+        def dense(name: str) -> Dense:
+            return Dense(x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=init, name=name)
 
         gate = jnp.tanh(dense("fc2")(nn.relu(dense("fc1")(update))))
         return x + gate * update

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refseg_jax.models.layers.dense import Dense
+
 
 class MLP(nn.Module):
     """Linear layers of the given output `widths`, with `activation` (and dropout) between them.
@@ -24,5 +26,5 @@ class MLP(nn.Module):
         for i, width in enumerate(self.widths):
             if i:
                 x = nn.Dropout(self.dropout)(self.activation(x), deterministic=not train)
-            x = nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype)(x)
+            x = Dense(width, use_bias=self.use_bias, dtype=self.dtype)(x)
         return x
