@@ -1,5 +1,6 @@
 """Fixtures: where the real photographs and the released models' outputs lie, if they are here."""
 
+import functools
 import os
 import pathlib
 
@@ -46,3 +47,12 @@ def like_a_tpu(monkeypatch):
         )
 
     return choose
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run on the CPU, in any dtype."""
+    from jax.experimental import pallas as pl
+
+    interpret = functools.partial(pl.pallas_call, interpret=True)
+    monkeypatch.setattr("jax.experimental.pallas.pallas_call", interpret)

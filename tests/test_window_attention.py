@@ -1,12 +1,9 @@
 """The kernel for TPUs, interpreted, against XLA's operations; these are held to Swin elsewhere."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.encoders.swin import WindowAttention
@@ -15,13 +12,6 @@ from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
 
 RNG = np.random.default_rng(0)
 REGIONS = RNG.integers(0, 3, (2, 16))  # Two windows a sample, of 16 cells.
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels run on the CPU, in any dtype."""
-    interpret = functools.partial(pl.pallas_call, interpret=True)
-    monkeypatch.setattr("jax.experimental.pallas.pallas_call", interpret)
 
 
 def results(attention, regions, mesh, arrays):

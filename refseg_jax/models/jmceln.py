@@ -21,8 +21,9 @@ from refseg_jax.losses.segmentation import two_class_loss
 from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from refseg_jax.models.encoders.swin import WindowAttention
 from refseg_jax.models.layers.attention import MultiHeadAttention
-from refseg_jax.models.layers.conv import ConvNorm, DepthwiseConv
+from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.depthwise import DepthwiseConv
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm, SwitchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 from refseg_jax.models.layers.sentence import sentence_vector
