@@ -57,17 +57,22 @@ BITS = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
 
 
 class Chip(NamedTuple):
-    """A generation, as Google describes it, and topologies of one host and of 256 chips."""
+    """A generation, as Google describes it, and topologies of one host and of 256 chips.
+
+    `layout` is how a chip's cores are used, by libtpu's name: JAX takes the two of a v4 for one
+    device, which is not what a topology has without that.
+    """
 
     gib: float  # Memory.
     tflops: float  # In bfloat16.
     ghz: float  # Of the matrix units: tflops over what they do per cycle.
     host: str
     pod: str
+    layout: str = "default"
 
 
 CHIPS = {
-    "v4": Chip(32, 275, 1.05, "2x2x1", "4x8x8"),
+    "v4": Chip(32, 275, 1.05, "2x2x1", "4x8x8", "megacore"),
     "v5e": Chip(16, 197, 1.5, "2x2", "16x16"),
     "v5p": Chip(95, 459, 1.75, "2x2x1", "4x8x8"),
     "v6e": Chip(32, 918, 1.75, "2x2", "16x16"),
@@ -166,7 +171,10 @@ def with_sharding(tree: Any, sharding: Any) -> Any:
 @functools.cache
 def mesh_of(topology: str) -> Mesh:
     """A data-parallel mesh of all chips of `topology`, such as "v5e:4x4"."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    layout = CHIPS[topology.partition(":")[0]].layout
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chip_config_name=layout
+    ).devices
     return Mesh(np.array(devices).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
 
 

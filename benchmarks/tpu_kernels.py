@@ -3,7 +3,7 @@
 XLA estimates cycles for its operations, but has none for a kernel that it is given. So
 benchmarks/tpu_compile.py starts this as a process of its own, in which libtpu writes down the
 instructions of each kernel, compiled by itself: one bundle of them per cycle, as often as the
-kernel's grid has steps.
+kernel's grid has steps, which a chip's cores share.
 
     python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
 
@@ -102,9 +102,10 @@ def main() -> None:
         mesh = mesh_of(topology)
         traced = trace_step(paper_config(name, dtype), step, mesh, int(rows) * mesh.size)
         cycles = collections.Counter()
+        chip = mesh.devices.flat[0]
         for eqn, times in kernels_of(traced.jaxpr.jaxpr):
-            steps = math.prod(eqn.params["grid_mapping"].grid) * times
-            one = bundles(eqn, mesh.devices.flat[0], pathlib.Path(dump))
+            steps = math.prod(eqn.params["grid_mapping"].grid) * times // chip.num_cores
+            one = bundles(eqn, chip, pathlib.Path(dump))
             cycles[f"kernel {eqn.params['name']}"] += one * steps
     print(json.dumps(cycles))
 

@@ -62,6 +62,13 @@ def test_a_train_step_fits_the_smallest_chip(name, fast):
     assert recorded["collectives"]["all-reduce"]["mib"] > 200  # The gradients, at least.
 
 
+@pytest.mark.parametrize("kind", tpu_compile.CHIPS)
+def test_a_device_is_a_chip(kind):
+    chip = tpu_compile.CHIPS[kind]
+    assert tpu_compile.mesh_of(f"{kind}:{chip.host}").size == 4
+    assert tpu_compile.mesh_of(f"{kind}:{chip.pod}").size == 256
+
+
 def test_a_step_too_large_does_not_fit(fast, monkeypatch):
     config = paper_config("lavt", "bfloat16")
     config.data.image_size = 64
