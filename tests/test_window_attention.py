@@ -11,7 +11,7 @@ from refseg_jax.models.layers.window_attention import attend, attend_in_kernel, 
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
 
 RNG = np.random.default_rng(0)
-REGIONS = RNG.integers(0, 3, (2, 16))  # Two windows a sample, of 16 cells.
+REGIONS = RNG.integers(0, 3, (2, 144))  # Two windows a sample.
 
 
 def results(attention, regions, mesh, arrays):
@@ -29,10 +29,12 @@ def results(attention, regions, mesh, arrays):
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("regions", [None, REGIONS], ids=["whole", "regions"])
 @pytest.mark.parametrize("heads", [2, 8])  # Of 128 and of 32 channels.
-def test_kernel(heads, regions, devices, interpreted):
-    windows, cells, channels = 4, 16, 256
+@pytest.mark.parametrize("cells", [16, 128, 144])  # A part of a register's lanes, all, and more.
+def test_kernel(cells, heads, regions, devices, interpreted):
+    windows, channels = 4, 256
+    regions = None if regions is None else regions[:, :cells]
     q, k, v, cotangent = RNG.normal(size=(4, windows, cells, channels)).astype(np.float32)
-    arrays = cotangent, q / 4, k, v, RNG.normal(size=(heads, cells, cells)).astype(np.float32)
+    arrays = cotangent, q / 8, k, v, RNG.normal(size=(heads, cells, cells)).astype(np.float32)
     mesh = make_mesh(devices, 1)
     ours = results(attend_in_kernel, regions, mesh, arrays)
     theirs = results(attend, regions, mesh, arrays)
@@ -48,6 +50,8 @@ def test_kernel(heads, regions, devices, interpreted):
         ((8, 49, 128), 4, 4, jnp.bfloat16, False),
         ((8, 144, 96), 3, 4, jnp.bfloat16, False),
         ((8, 144, 384), 8, 4, jnp.bfloat16, False),  # 48 channels a head.
+        ((8, 256, 128), 8, 4, jnp.bfloat16, True),
+        ((8, 256, 128), 16, 4, jnp.bfloat16, False),  # 4 MiB of logits in a window.
         ((8, 144, 128), 4, 8, jnp.bfloat16, False),  # One sample for two devices.
     ],
 )
