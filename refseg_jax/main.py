@@ -40,6 +40,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         check_processes(*process_flags())
         return remaining
     except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError) as e:
+        missing = e.args[0] if e.args and isinstance(e.args[0], KeyError) else e
+        if isinstance(missing, KeyError):
+            fail(f"the config has no field {missing.args[0]}")
         # Where a config file itself raises, the text is a traceback that ends with the reason.
         text = str(e)
         fail(text.strip().splitlines()[-1] if "Traceback" in text else text)

@@ -242,6 +242,18 @@ class Trainer:
         self.tokenizer = tokenizer
         self.model = models.build(config.model)
         self.steps = total_steps(config, self.source)
+        self.sampled = pipeline.TrainBatches(
+            self.source,
+            self.tokenizer,
+            image_size=config.data.image_size,
+            max_tokens=config.data.max_tokens,
+            batch_size=config.train.batch_size,
+            num_steps=self.steps,
+            seed=config.seed,
+            sampling=config.data.sampling,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
         key, init_key = jax.random.split(jax.random.key(config.seed))
 
@@ -280,21 +292,9 @@ class Trainer:
         self.step_fn = make_train_step(config, self.model, self.tx, self.mesh, shardings)
 
     def batches(self, start_step: int):
-        config = self.config
-        batches = pipeline.TrainBatches(
-            self.source,
-            self.tokenizer,
-            image_size=config.data.image_size,
-            max_tokens=config.data.max_tokens,
-            batch_size=config.train.batch_size,
-            num_steps=self.steps,
-            seed=config.seed,
-            sampling=config.data.sampling,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        loading = self.config.data
         return pipeline.train_iterator(
-            batches, start_step, workers=config.data.workers, threads=config.data.threads
+            self.sampled, start_step, workers=loading.workers, threads=loading.threads
         )
 
 
