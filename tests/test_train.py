@@ -176,17 +176,26 @@ def final_params(workdir):
         return step, leaves(checkpoints.last.restore(step))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_ends_where_an_unbroken_one_ends(tmp_path, number):
-    """Bit for bit, with everything that has state: optimiser, averages, dropout keys, data."""
-    changes = dict(
-        train__steps=10, train__ema_decay=0.9, model__bert__dropout=0.1, train__eval_every=8
-    )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(whole, **changes), cwd=REPO, check=True, capture_output=True)
+# Everything that has state: optimiser, averages, dropout keys, data.
+STATEFUL = dict(
+    train__steps=10, train__ema_decay=0.9, model__bert__dropout=0.1, train__eval_every=8
+)
 
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The directory of a run from its first step to its last."""
+    whole = tmp_path_factory.mktemp("unbroken") / "whole"
+    subprocess.run(command(whole, **STATEFUL), cwd=REPO, check=True, capture_output=True)
+    return whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_ends_where_an_unbroken_one_ends(tmp_path, unbroken, number):
+    """Bit for bit."""
+    broken = tmp_path / "broken"
     process = subprocess.Popen(
-        command(broken, **changes), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(broken, **STATEFUL), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     deadline = time.time() + 300
     metrics = broken / "metrics.jsonl"
@@ -201,14 +210,14 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(tmp_path, number):
         assert process.returncode == -signal.SIGKILL
 
     done = subprocess.run(
-        command(broken, **changes), cwd=REPO, check=True, capture_output=True, text=True
+        command(broken, **STATEFUL), cwd=REPO, check=True, capture_output=True, text=True
     )
     assert "resumed at step" in done.stderr
-    (step, expected), (resumed_step, resumed) = final_params(whole), final_params(broken)
+    (step, expected), (resumed_step, resumed) = final_params(unbroken), final_params(broken)
     assert step == resumed_step == 10
     assert all(np.array_equal(x, y) for x, y in zip(expected, resumed, strict=True))
 
-    rows, unbroken = ([json.loads(s) for s in (d / "metrics.jsonl").read_text().splitlines()]
-                      for d in (broken, whole))  # fmt: skip
-    assert [r["step"] for r in rows] == [r["step"] for r in unbroken]
-    assert [r.get("loss") for r in rows] == [r.get("loss") for r in unbroken]
+    rows, expected = ([json.loads(s) for s in (d / "metrics.jsonl").read_text().splitlines()]
+                      for d in (broken, unbroken))  # fmt: skip
+    assert [r["step"] for r in rows] == [r["step"] for r in expected]
+    assert [r.get("loss") for r in rows] == [r.get("loss") for r in expected]
