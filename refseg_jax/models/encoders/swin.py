@@ -7,7 +7,6 @@ norms, attention logits and softmax are computed in float32, and the logits kept
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -17,12 +16,11 @@ from flax import linen as nn
 
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.dense import Dense, SplitDense
+from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.window_attention import window_attention
 
 _INIT = nn.initializers.truncated_normal(stddev=0.02)
-# Flax's own variance, E[x²] - E[x]², cancels on the large activations of the late stages.
-_norm = functools.partial(nn.LayerNorm, 1e-5, use_fast_variance=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +229,11 @@ class SwinBlock(nn.Module):
         C = x.shape[-1]
         drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
 
-        y = _norm(dtype=self.dtype, name="norm1")(x)
+        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
         y = WindowAttention(self.heads, self.window, self.dtype, name="attention")(y, size, shift)
         x = x + drop_path(y)
 
-        y = _norm(dtype=self.dtype, name="norm2")(x)
+        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
         y = Dense(int(C * self.mlp_ratio), dtype=self.dtype, kernel_init=_INIT, name="fc1")(y)
         y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="fc2")(gelu(y))
         return x + drop_path(y)
@@ -252,7 +250,7 @@ class PatchMerging(nn.Module):
         B, h, w, C = x.shape
         # Published weights order the four neighbours column by column.
         x = x.reshape(B, h // 2, 2, w // 2, 2, C).transpose(0, 1, 3, 4, 2, 5)
-        x = _norm(dtype=self.dtype, name="norm")(x.reshape(B, h // 2, w // 2, 4 * C))
+        x = LayerNorm(dtype=self.dtype, name="norm")(x.reshape(B, h // 2, w // 2, 4 * C))
         reduction = Dense(
             2 * C, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="reduction"
         )
@@ -277,7 +275,7 @@ class Swin(nn.Module):
         self.patch = nn.Conv(
             c.embed_dim, patch, patch, padding="VALID", dtype=self.dtype, kernel_init=_INIT
         )
-        self.patch_norm = _norm(dtype=self.dtype)
+        self.patch_norm = LayerNorm(dtype=self.dtype)
         self.blocks = [
             [block(heads, c.window, c.mlp_ratio, next(rates), self.dtype) for _ in range(depth)]
             for depth, heads in zip(c.depths, c.num_heads, strict=True)

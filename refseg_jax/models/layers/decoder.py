@@ -1,11 +1,10 @@
 """Convolutional mask decoders: their block, and the whole decoder of LAVT and CrossVLT."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 
@@ -72,8 +71,10 @@ class MaskDecoder(nn.Module):
 
         All resizing is bilinear and keeps the corners' centres in place.
         """
-        norm = functools.partial(nn.LayerNorm, EPSILON, dtype=self.dtype, use_fast_variance=False)
-        maps = [norm(name=f"stage_norm{i}")(x) for i, x in enumerate(features, 1)]
+        maps = [
+            LayerNorm(EPSILON, self.dtype, name=f"stage_norm{i}")(x)
+            for i, x in enumerate(features, 1)
+        ]
         x = maps.pop()
         dim = x.shape[-1] // 2
         while maps:

@@ -1,0 +1,194 @@
+"""Layer normalisation: as XLA compiles it, and as a kernel of our own for TPUs."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+
+
+class LayerNorm(nn.Module):
+    """Each row of C channels to mean 0 and variance 1, then scaled and moved: [..., C] -> same.
+
+    Parameters `scale`, `bias` [C], as those of `nn.LayerNorm`. Computed in float32, and the
+    variance of what is left without the mean: Flax's default, E[x²] - E[x]², cancels on the large
+    activations of an encoder's late stages.
+    """
+
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """`x` [..., C] normalised over its last axis, times `scale` [C], plus `bias` [C].
+
+    In the dtype of `x`; computed in float32. On a TPU, bfloat16 rows that fill its registers go
+    through a kernel: XLA takes three times as long, and five for the gradients (docs/scale.md).
+    """
+    if fits_kernel(x):
+        return jax.lax.platform_dependent(
+            *(x, scale, bias),
+            tpu=functools.partial(normalize_in_kernel, epsilon=epsilon),
+            default=functools.partial(normalize, epsilon=epsilon),
+        )
+    return normalize(x, scale, bias, epsilon)
+
+
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """`layer_norm` in XLA's operations."""
+    y, _ = _standard(x.astype(jnp.promote_types(x.dtype, jnp.float32)), epsilon)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def _standard(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Rows [..., C] with mean 0 and variance 1, and 1 / the deviation that they had."""
+    x -= x.mean(-1, keepdims=True)
+    factor = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+    return x * factor, factor
+
+
+# The kernel. It takes so many numbers at a time: few enough to compile soon, and enough that the
+# rows' sums, each of which waits for its registers' lanes to be added up, do so side by side.
+LANES = 128
+BLOCK = 1 << 17
+
+
+def fits_kernel(x: jax.Array) -> bool:
+    """Whether `normalize_in_kernel` takes arrays like `x` [B, ..., n, C].
+
+    Rows fill registers, and every device of the mesh in use has whole samples; without a mesh
+    (`sharding.on_mesh`) nothing is known of the devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return (
+        (x.dtype == jnp.bfloat16 and x.ndim > 2 and x.shape[-1] % LANES == 0)
+        and not mesh.empty
+        and x.shape[0] % mesh.size == 0
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize_in_kernel(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    """`layer_norm` as a kernel for TPUs of arrays that `fits_kernel`."""
+    samples, whole = _places()
+    run = jax.shard_map(
+        functools.partial(_run, functools.partial(_forward_kernel, epsilon)),
+        in_specs=(samples, whole, whole),
+        out_specs=samples,
+        check_vma=False,
+    )
+    return run(x, scale, bias)
+
+
+def _in_kernel_forward(x, scale, bias, epsilon):
+    return normalize_in_kernel(x, scale, bias, epsilon), (x, scale, bias)
+
+
+def _in_kernel_backward(epsilon, saved, cotangent):
+    x, scale, bias = saved
+    samples, whole = _places()
+
+    def run(x, cotangent, scale):
+        of_x, *sums = _run(functools.partial(_backward_kernel, epsilon), x, cotangent, scale)
+        return of_x, *(jax.lax.psum(s.sum((0, 1)), *samples) for s in sums)
+
+    of_x, of_scale, of_bias = jax.shard_map(
+        run,
+        in_specs=(samples, samples, whole),
+        out_specs=(samples, whole, whole),
+        check_vma=False,
+    )(x, cotangent, scale)
+    return of_x, of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+
+
+normalize_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
+
+
+def _places() -> tuple[PartitionSpec, PartitionSpec]:
+    """Where samples and what all have in common lie: XLA cannot divide a kernel by itself."""
+    return PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
+
+
+def _run(kernel: Callable, *operands: jax.Array) -> Any:
+    """`kernel` for blocks of rows of some arrays [..., n, C], with vectors [C] for all.
+
+    Whole sets of n rows where they are small, else equal parts of each. The backward kernel, of
+    which two are arrays, has sums of all rows of a block of sets besides, float32 [blocks, 1, C].
+    """
+    shape, dtype = operands[0].shape, operands[0].dtype
+    n, C = shape[-2:]
+    sets = math.prod(shape[:-2])
+    if n * C <= BLOCK:
+        together = max(k for k in range(1, BLOCK // (n * C) + 1) if sets % k == 0)
+        rows = n
+    else:
+        together = 1
+        rows = -(-n // -(-n * C // BLOCK))
+        rows += -rows % 16
+    arrays = [x.reshape(sets, n, C) for x in operands if x.shape == shape]
+    vectors = [x.astype(jnp.float32)[None] for x in operands[len(arrays) :]]
+    block = pl.BlockSpec((together, rows, C), lambda i, j: (i, j, 0))
+    vector = pl.BlockSpec((1, C), lambda i, j: (0, 0))
+    total = pl.BlockSpec((1, 1, C), lambda i, j: (i, 0, 0))
+    backward = len(arrays) == 2
+    like_x = jax.ShapeDtypeStruct((sets, n, C), dtype)
+    like_total = jax.ShapeDtypeStruct((sets // together, 1, C), jnp.float32)
+    results = pl.pallas_call(
+        kernel if n % rows == 0 else functools.partial(kernel, rest=n),
+        name="layer_norm_backward" if backward else "layer_norm",
+        grid=(sets // together, -(-n // rows)),
+        in_specs=[block] * len(arrays) + [vector] * len(vectors),
+        out_specs=(block, total, total) if backward else block,
+        out_shape=(like_x, like_total, like_total) if backward else like_x,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=(16 if backward else 8) * like_x.size,
+            bytes_accessed=(3 if backward else 2) * like_x.size * dtype.itemsize,
+            transcendentals=sets * n,
+        ),
+    )(*arrays, *vectors)
+    if not backward:
+        return results.reshape(shape)
+    of_x, *sums = results
+    return of_x.reshape(shape), *sums
+
+
+def _forward_kernel(epsilon: float, x, scale, bias, y, rest: int | None = None):
+    standard, _ = _standard(x[...].astype(jnp.float32), epsilon)
+    y[...] = (standard * scale[...] + bias[...]).astype(y.dtype)
+
+
+def _backward_kernel(
+    epsilon: float, x, cotangent, scale, of_x, of_scale, of_bias, rest: int | None = None
+):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        of_scale[...] = jnp.zeros_like(of_scale)
+        of_bias[...] = jnp.zeros_like(of_bias)
+
+    standard, factor = _standard(x[...].astype(jnp.float32), epsilon)
+    of_y = cotangent[...].astype(jnp.float32)
+    if rest is not None:  # Beyond the last row there is anything, which must not be added up.
+        row = jax.lax.broadcasted_iota(jnp.int32, of_y.shape, 1) + pl.program_id(1) * len(x[0])
+        standard, of_y = (jnp.where(row < rest, a, 0.0) for a in (standard, of_y))
+    of_standard = of_y * scale[...]
+    along = (of_standard * standard).mean(-1, keepdims=True)
+    mean = of_standard.mean(-1, keepdims=True)
+    of_x[...] = ((of_standard - mean - standard * along) * factor).astype(of_x.dtype)
+    of_scale[0] += (of_y * standard).sum((0, 1), keepdims=True)[0]
+    of_bias[0] += of_y.sum((0, 1), keepdims=True)[0]

@@ -1,0 +1,89 @@
+"""Layer normalisation: XLA's operations against Flax's, and the kernel for TPUs against those."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from refseg_jax.models.layers import layer_norm as module
+from refseg_jax.models.layers.layer_norm import LayerNorm, fits_kernel, normalize
+from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
+
+RNG = np.random.default_rng(0)
+EPSILON = 1e-5
+
+
+def with_gradients(function, cotangent, *arrays):
+    y, pull_back = jax.vjp(lambda *arrays: function(*arrays, EPSILON), *arrays)
+    return y, *pull_back(cotangent)
+
+
+def examples(*shape):
+    """A cotangent, x with rows of all kinds of means and deviations, scale, bias."""
+    mean, deviation = RNG.normal(size=(2, *shape[:-1], 1))
+    x = RNG.normal(size=shape) * np.exp(deviation) + mean
+    arrays = RNG.normal(size=shape), x, *RNG.normal(size=(2, shape[-1]))
+    return [a.astype(np.float32) for a in arrays]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_is_that_of_flax(dtype):
+    cotangent, x, scale, bias = examples(2, 3, 16)
+    variables = {"params": {"scale": scale, "bias": bias}}
+
+    def results(layer):
+        def function(variables, x):
+            return layer(EPSILON, dtype=dtype).apply(variables, x)
+
+        y, pull_back = jax.vjp(function, variables, jnp.asarray(x, dtype))
+        return y, *jax.tree.leaves(pull_back(jnp.asarray(cotangent, dtype)))
+
+    ours = results(LayerNorm)
+    # `use_fast_variance` would take the square of the mean from the mean of the squares.
+    theirs = results(lambda *a, **b: nn.LayerNorm(*a, **b, use_fast_variance=False))
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2  # Of what is rounded to 8 bits.
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            *(np.asarray(v, np.float32) for v in (a, b)), rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 6, 5, 128),  # Some sets of rows in a block, and more than one of those.
+        (2, 64, 128),  # A set in equal parts.
+        (2, 50, 128),  # Parts of which the last ends beyond the last row.
+    ],
+)
+def test_kernel(shape, devices, interpreted, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 2048)
+    arrays = examples(*shape)
+    mesh = make_mesh(devices, 1)
+    samples, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    placed = [jax.device_put(a, samples if a.ndim > 1 else whole) for a in arrays]
+    ours = jax.jit(on_mesh(mesh, lambda *a: with_gradients(module.normalize_in_kernel, *a)))(
+        *placed
+    )
+    for a, b in zip(ours, with_gradients(normalize, *arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((4, 9, 128), jnp.bfloat16, True),
+        ((4, 9, 128), jnp.float32, False),
+        ((4, 9, 96), jnp.bfloat16, False),
+        ((3, 9, 128), jnp.bfloat16, False),  # Three samples for two devices.
+        ((4, 128), jnp.bfloat16, False),
+    ],
+)
+def test_what_fits_the_kernel(shape, dtype, fits):
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    assert on_mesh(make_mesh(2, 1), fits_kernel)(array) == fits
+    assert not fits_kernel(array)  # It is not known where the samples are.
