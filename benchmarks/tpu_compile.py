@@ -52,6 +52,10 @@ from refseg_jax.predict import INPUTS, make_predict_step
 from refseg_jax.sharding import AXES, batch_sharding, replicated, state_sharding
 from refseg_jax.train import make_train_step
 
+# What a kernel is compiled from would name its source's files and lines, and the same program be
+# another one wherever those are.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 STEPS = ("train", "eval")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

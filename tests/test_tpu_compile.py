@@ -1,6 +1,8 @@
 """Every config compiles for TPUs and fits them, and docs/scale.md has the tables of its record."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,8 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is 
 
 from benchmarks import tpu_compile  # noqa: E402
 from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
+from refseg_jax.models.layers.layer_norm import normalize_in_kernel  # noqa: E402
+from refseg_jax.sharding import batch_sharding, on_mesh  # noqa: E402
 from tests.conftest import REPO  # noqa: E402
 
 ROWS = [json.loads(line) for line in (tpu_compile.DOCS / "scale.jsonl").read_text().splitlines()]
@@ -60,6 +64,18 @@ def test_a_train_step_fits_the_smallest_chip(name, fast):
         recorded, _ = tpu_compile.estimate(row, lowered)
     assert recorded["fits"]
     assert recorded["collectives"]["all-reduce"]["mib"] > 200  # The gradients, at least.
+
+
+def test_a_program_does_not_tell_where_its_source_is():
+    mesh = tpu_compile.mesh_of("v5e:2x2")
+    x = jax.ShapeDtypeStruct((4, 16, 128), jnp.bfloat16, sharding=batch_sharding(mesh))
+    scale = jnp.ones(128)
+    lowered = jax.jit(on_mesh(mesh, normalize_in_kernel), static_argnums=3).lower(
+        x, scale, scale, 1e-5
+    )
+    (kernel,) = re.findall(r"body\\22: \\22([A-Za-z0-9+/=]+)", lowered.as_text())
+    kernel = base64.b64decode(kernel)
+    assert b"tpu" in kernel and b".py" not in kernel
 
 
 @pytest.mark.parametrize("kind", tpu_compile.CHIPS)
@@ -135,7 +151,7 @@ def test_instructions_of_kernels(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stderr
     times, groups, windows, bundles = map(int, result.stdout.split())
-    assert (times, groups, windows) == (3, 2, 2)  # Of 256 channels; 8 windows on 4 chips.
+    assert (times, groups, windows) == (3, 2, 1)  # Of 256 channels; 2 windows on a chip.
     assert 50 < bundles < 2000
 
 
