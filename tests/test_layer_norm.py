@@ -87,3 +87,16 @@ def test_what_fits_the_kernel(shape, dtype, fits):
     array = jax.ShapeDtypeStruct(shape, dtype)
     assert on_mesh(make_mesh(2, 1), fits_kernel)(array) == fits
     assert not fits_kernel(array)  # It is not known where the samples are.
+
+
+def test_a_tpu_takes_the_kernel(like_a_tpu):
+    layer = LayerNorm(dtype=jnp.bfloat16)
+    x = jnp.ones((2, 9, 128), jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x)
+
+    def jaxpr():
+        return str(jax.make_jaxpr(on_mesh(make_mesh(2, 1), layer.apply))(variables, x))
+
+    assert "pallas_call" in jaxpr() and "platform_index" in jaxpr()
+    like_a_tpu()
+    assert "pallas_call" in jaxpr() and "platform_index" not in jaxpr()

@@ -149,7 +149,7 @@ def _run(kernel: Callable, *operands: jax.Array) -> Any:
     like_x = jax.ShapeDtypeStruct((sets, n, C), dtype)
     like_total = jax.ShapeDtypeStruct((sets // together, 1, C), jnp.float32)
     results = pl.pallas_call(
-        kernel if n % rows == 0 else functools.partial(kernel, rest=n),
+        functools.partial(kernel, end=n) if backward and n % rows else kernel,
         name="layer_norm_backward" if backward else "layer_norm",
         grid=(sets // together, -(-n // rows)),
         in_specs=[block] * len(arrays) + [vector] * len(vectors),
@@ -168,13 +168,13 @@ def _run(kernel: Callable, *operands: jax.Array) -> Any:
     return of_x.reshape(shape), *sums
 
 
-def _forward_kernel(epsilon: float, x, scale, bias, y, rest: int | None = None):
+def _forward_kernel(epsilon: float, x, scale, bias, y):
     standard, _ = _standard(x[...].astype(jnp.float32), epsilon)
     y[...] = (standard * scale[...] + bias[...]).astype(y.dtype)
 
 
 def _backward_kernel(
-    epsilon: float, x, cotangent, scale, of_x, of_scale, of_bias, rest: int | None = None
+    epsilon: float, x, cotangent, scale, of_x, of_scale, of_bias, end: int | None = None
 ):
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -183,9 +183,9 @@ def _backward_kernel(
 
     standard, factor = _standard(x[...].astype(jnp.float32), epsilon)
     of_y = cotangent[...].astype(jnp.float32)
-    if rest is not None:  # Beyond the last row there is anything, which must not be added up.
+    if end is not None:  # Beyond the last row there is anything, which must not be added up.
         row = jax.lax.broadcasted_iota(jnp.int32, of_y.shape, 1) + pl.program_id(1) * len(x[0])
-        standard, of_y = (jnp.where(row < rest, a, 0.0) for a in (standard, of_y))
+        standard, of_y = (jnp.where(row < end, a, 0.0) for a in (standard, of_y))
     of_standard = of_y * scale[...]
     along = (of_standard * standard).mean(-1, keepdims=True)
     mean = of_standard.mean(-1, keepdims=True)
