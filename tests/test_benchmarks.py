@@ -1,12 +1,14 @@
-"""What benchmarks/train_step.py makes of its measurements; the sides themselves run on a GPU."""
+"""What the benchmarks of a GPU make of their measurements, and that both sides are the same."""
 
 import json
 import shutil
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import train_step
+from benchmarks import attention, train_step
 
 
 def measured(*windows, peak=None, device="cpu", loss=1.0):
@@ -69,3 +71,22 @@ def test_a_process_that_says_nothing(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     result = train_step.launch([], 60, "unused")
     assert result == {"error": "the process ended with status 1"}
+
+
+@pytest.mark.parametrize("regions", [None, ((0, 0, 1, 1), (0, 1, 1, 2))], ids=["whole", "regions"])
+def test_windows_are_the_same_for_cudnn(regions, monkeypatch):
+    windows = attention.Attention("windows", (4, 4, 2, 8), 4, regions=regions)
+    arguments = windows.arguments()
+    dot_product = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, implementation, **b: dot_product(*a, **b)
+    )
+    ours, theirs = (np.float32(f(*arguments)) for f in (windows.ours, windows.cudnn))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-2, atol=2e-2)  # Of bfloat16.
+
+
+def test_attentions_of_a_model():
+    found = attention.attentions_of("cris", 2)
+    assert found[attention.Attention("attention", (2, 17, 8, 64), 17, causal=True)] == 12
+    line = attention.measure(attention.Attention("attention", (2, 3, 2, 8), 5, True), 1)
+    assert line["ours_ms"] > 0 and "error" in line  # There is no cuDNN.

@@ -1,0 +1,161 @@
+"""Where does cuDNN's fused attention win on this GPU? Every attention of the models at paper size.
+
+python -m benchmarks.attention [--model cris lavt] [--batch 8] [--repeats 50]
+
+A JSON line per model and different attention, in bfloat16: what it is ("attention" for
+`jax.nn.dot_product_attention`, "windows" for Swin's), queries [B,T,heads,width], how many keys S,
+whether there are a mask and a bias, how often the model calls it, and of forward and backward pass
+
+- ours_ms: in the operations that the model uses;
+- cudnn_ms: in cuDNN's kernels, Swin's shift regions and position biases as one bias; or "error",
+  what cuDNN or JAX say where they do not take it;
+- ours/cudnn: the ratio of the two.
+
+BERT's attention drops weights out, which JAX does not hand to cuDNN, and is not among them.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.paper import CONFIGS, batch_shapes, paper_config, paper_state
+from refseg_jax.models.encoders import swin
+from refseg_jax.models.layers.window_attention import APART, attend
+from refseg_jax.predict import make_predict_step
+
+
+class Attention(NamedTuple):
+    """One that a model calls; windows have `regions` [windows of a sample, n], or None."""
+
+    kind: str
+    queries: tuple[int, int, int, int]  # [B,T,heads,width]
+    S: int
+    masked: bool = False
+    causal: bool = False
+    regions: tuple[tuple[int, ...], ...] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        windows = self.kind == "windows"
+        about = {"attention": self.kind, "queries": self.queries, "S": self.S}
+        return about | {"mask": self.masked or self.causal, "bias": windows}
+
+    def arguments(self) -> tuple[jax.Array, ...]:
+        """q, k, v and, of windows, their bias: noise."""
+        B, T, heads, width = self.queries
+        rng = np.random.default_rng(0)
+        shapes = [(B, T, heads, width), *[(B, self.S, heads, width)] * 2]
+        arrays = [jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes]
+        if self.kind == "windows":
+            arrays.append(jnp.asarray(rng.normal(size=(heads, T, T)), jnp.float32))
+        return tuple(arrays)
+
+    def ours(self, q, k, v, *bias):
+        if self.kind == "windows":
+            flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+            return attend(*flat, *bias, self._regions()).reshape(q.shape)
+        return self._dot_product(q, k, v, None, None)
+
+    def cudnn(self, q, k, v, *bias):
+        whole = None
+        if bias:
+            whole = bias[0][None]
+            if self.regions is not None:
+                regions = jnp.asarray(self._regions())
+                apart = jnp.where(regions[:, :, None] == regions[:, None], 0.0, APART)
+                whole = jnp.tile(whole + apart[:, None], (len(q) // len(apart), 1, 1, 1))
+            whole = whole.astype(q.dtype)
+        return self._dot_product(q, k, v, whole, "cudnn")
+
+    def _regions(self) -> np.ndarray | None:
+        return None if self.regions is None else np.array(self.regions)
+
+    def _dot_product(self, q, k, v, bias, implementation):
+        mask = jnp.ones((len(q), 1, 1, self.S), bool) if self.masked else None
+        scale = 1.0 if self.kind == "windows" else None  # Their queries come scaled.
+        how = dict(scale=scale, is_causal=self.causal, implementation=implementation)
+        return jax.nn.dot_product_attention(q, k, v, bias, mask, **how)
+
+
+def attentions_of(name: str, batch: int) -> Counter[Attention]:
+    """Those of a config's forward pass at paper size, and how often each is called."""
+    config = paper_config(name, "bfloat16")
+    model, _, state = paper_state(config)
+    found: Counter[Attention] = Counter()
+
+    def dot_product(q, k, v, bias=None, mask=None, *, is_causal=False, **_):
+        assert bias is None and q.ndim == 4
+        found[Attention("attention", q.shape, k.shape[1], mask is not None, is_causal)] += 1
+        return q
+
+    def windows(q, k, v, bias, regions):
+        heads = len(bias)
+        queries = (*q.shape[:2], heads, q.shape[2] // heads)
+        each = None if regions is None else tuple(map(tuple, np.asarray(regions).tolist()))
+        found[Attention("windows", queries, q.shape[1], regions=each)] += 1
+        return q
+
+    with (
+        mock.patch.object(jax.nn, "dot_product_attention", dot_product),
+        mock.patch.object(swin, "window_attention", windows),
+    ):
+        shapes = state.variables(), batch_shapes(config, batch)
+        jax.eval_shape(make_predict_step(model), *shapes)
+    return found
+
+
+def milliseconds(function: Callable, arguments: tuple[jax.Array, ...], repeats: int) -> float:
+    """Of the forward and the backward pass."""
+
+    @jax.jit
+    def both(*arguments):
+        y, pull_back = jax.vjp(function, *arguments)
+        return pull_back(y)
+
+    jax.block_until_ready(both(*arguments))
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(both(*arguments))
+        times.append(time.perf_counter() - begun)
+    return round(1e3 * statistics.median(times), 4)
+
+
+def measure(attention: Attention, repeats: int) -> dict[str, Any]:
+    """ours_ms, and cudnn_ms and the ratio or "error"."""
+    time_of = functools.partial(milliseconds, arguments=attention.arguments(), repeats=repeats)
+    result: dict[str, Any] = {"ours_ms": time_of(attention.ours)}
+    try:
+        result["cudnn_ms"] = time_of(attention.cudnn)
+    except Exception as e:  # JAX and cuDNN have many for what they do not take.
+        return result | {"error": " ".join(f"{type(e).__name__}: {e}".split())[:200]}
+    return result | {"ours/cudnn": round(result["ours_ms"] / result["cudnn_ms"], 3)}
+
+
+def main() -> None:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", choices=CONFIGS, default=CONFIGS)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=50)
+    flags = parser.parse_args()
+    device = jax.devices()[0].device_kind
+    for name in flags.model:
+        for attention, calls in attentions_of(name, flags.batch).items():
+            line = {"model": name, **attention.describe(), "calls": calls, "device": device}
+            print(json.dumps(line | measure(attention, flags.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
