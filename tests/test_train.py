@@ -176,41 +176,37 @@ def final_params(workdir):
         return step, leaves(checkpoints.last.restore(step))
 
 
-# Everything that has state: optimiser, averages, dropout keys, data.
-STATEFUL = dict(
-    train__steps=10, train__ema_decay=0.9, model__bert__dropout=0.1, train__eval_every=8
-)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """The directory of a run from its first step to its last."""
-    whole = tmp_path_factory.mktemp("unbroken") / "whole"
-    subprocess.run(command(whole, **STATEFUL), cwd=REPO, check=True, capture_output=True)
-    return whole
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_ends_where_an_unbroken_one_ends(tmp_path, unbroken, number):
-    """Bit for bit."""
-    broken = tmp_path / "broken"
-    process = subprocess.Popen(
-        command(broken, **STATEFUL), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+def test_a_run_killed_twice_ends_where_an_unbroken_one_ends(tmp_path):
+    """Bit for bit, with everything that has state: optimiser, averages, dropout keys, data."""
+    changes = dict(
+        train__steps=10, train__ema_decay=0.9, model__bert__dropout=0.1, train__eval_every=8
     )
-    deadline = time.time() + 300
-    metrics = broken / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=180)
-    if number == signal.SIGTERM:
-        assert process.returncode == 2 and b"stopped by SIGTERM at step" in stderr
-    else:
-        assert process.returncode == -signal.SIGKILL
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    subprocess.run(command(unbroken, **changes), cwd=REPO, check=True, capture_output=True)
 
+    def steps_taken():
+        metrics = broken / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def kill_after(steps, number):
+        steps += steps_taken()
+        process = subprocess.Popen(
+            command(broken, **changes), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        deadline = time.time() + 300
+        while steps_taken() < steps:
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=180)
+        return process.returncode, stderr
+
+    status, stderr = kill_after(3, signal.SIGTERM)
+    assert status == 2 and b"stopped by SIGTERM at step" in stderr
+    status, stderr = kill_after(1, signal.SIGKILL)
+    assert status == -signal.SIGKILL and b"resumed at step" in stderr
     done = subprocess.run(
-        command(broken, **STATEFUL), cwd=REPO, check=True, capture_output=True, text=True
+        command(broken, **changes), cwd=REPO, check=True, capture_output=True, text=True
     )
     assert "resumed at step" in done.stderr
     (step, expected), (resumed_step, resumed) = final_params(unbroken), final_params(broken)
