@@ -60,6 +60,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def kernel_places() -> tuple[PartitionSpec, PartitionSpec]:
+    """(of samples, of what all have in common) on the mesh in use, for a kernel's `shard_map`.
+
+    XLA cannot divide among devices what a kernel computes.
+    """
+    return PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
+
+
 def largest_divisible(shape: tuple[int, ...], parts: int, min_size: int) -> PartitionSpec:
     """Splits the largest dimension that `parts` divides, in arrays of at least `min_size`."""
     candidates = [i for i, n in enumerate(shape) if n % parts == 0]

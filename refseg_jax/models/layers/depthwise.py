@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from refseg_jax.models.layers.dense import add_bias
+from refseg_jax.sharding import kernel_places
 
 
 class DepthwiseConv(nn.Module):
@@ -124,7 +124,7 @@ def fits_kernel(x: jax.Array) -> bool:
 @jax.custom_vjp
 def convolve_in_kernel(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """`depthwise_conv` as a kernel for TPUs of arrays that `fits_kernel`; adds up in float32."""
-    samples, whole = _places()
+    samples, whole = kernel_places()
     run = jax.shard_map(
         _convolve, in_specs=(samples, whole, whole), out_specs=samples, check_vma=False
     )
@@ -137,7 +137,7 @@ def _in_kernel_forward(x, kernel, bias):
 
 def _in_kernel_backward(saved, cotangent):
     x, kernel, bias = saved
-    samples, whole = _places()
+    samples, whole = kernel_places()
 
     def run(x, cotangent):
         return jax.lax.psum(_gradients(x, cotangent, len(kernel)), *samples)
@@ -150,11 +150,6 @@ def _in_kernel_backward(saved, cotangent):
 
 
 convolve_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
-
-
-def _places() -> tuple[PartitionSpec, PartitionSpec]:
-    """Where samples and what all have in common lie: XLA cannot divide a kernel by itself."""
-    return PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
 
 
 def _by_pixels(x: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
+
+from refseg_jax.sharding import kernel_places
 
 
 class LayerNorm(nn.Module):
@@ -36,7 +37,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     """`x` [..., C] normalised over its last axis, times `scale` [C], plus `bias` [C].
 
     In the dtype of `x`; computed in float32. On a TPU, bfloat16 rows that fill its registers go
-    through a kernel: XLA takes three times as long, and five for the gradients (docs/scale.md).
+    through a kernel: XLA takes four times as long, and five for the gradients (docs/scale.md).
     """
     if fits_kernel(x):
         return jax.lax.platform_dependent(
@@ -85,7 +86,7 @@ def normalize_in_kernel(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> jax.Array:
     """`layer_norm` as a kernel for TPUs of arrays that `fits_kernel`."""
-    samples, whole = _places()
+    samples, whole = kernel_places()
     run = jax.shard_map(
         functools.partial(_run, functools.partial(_forward_kernel, epsilon)),
         in_specs=(samples, whole, whole),
@@ -101,7 +102,7 @@ def _in_kernel_forward(x, scale, bias, epsilon):
 
 def _in_kernel_backward(epsilon, saved, cotangent):
     x, scale, bias = saved
-    samples, whole = _places()
+    samples, whole = kernel_places()
 
     def run(x, cotangent, scale):
         of_x, *sums = _run(functools.partial(_backward_kernel, epsilon), x, cotangent, scale)
@@ -117,11 +118,6 @@ def _in_kernel_backward(epsilon, saved, cotangent):
 
 
 normalize_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
-
-
-def _places() -> tuple[PartitionSpec, PartitionSpec]:
-    """Where samples and what all have in common lie: XLA cannot divide a kernel by itself."""
-    return PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
 
 
 def _run(kernel: Callable, *operands: jax.Array) -> Any:

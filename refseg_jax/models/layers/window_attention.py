@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
+
+from refseg_jax.sharding import kernel_places
 
 # What is added to the logits of cells that are no neighbours on the map.
 APART = -100.0
@@ -180,15 +181,14 @@ def _divided(
         regions = jnp.asarray(regions)
         of_queries = jnp.broadcast_to(regions[:, None, None], (len(regions), 1, heads, n))
         operands += [regions[:, :, None], _in_lanes(of_queries)]
-    mesh = jax.sharding.get_abstract_mesh()
-    windows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    windows, whole = kernel_places()
     places = tuple(windows if i < len(arrays) else whole for i in range(len(operands)))
 
     def run(*operands):
         results = _run(kernel, operands[: len(arrays)], *operands[len(arrays) :])
         if backward:
             *results, of_bias = results
-            results = *results, jax.lax.psum(of_bias, mesh.axis_names)
+            results = *results, jax.lax.psum(of_bias, *windows)
         return results
 
     results = (windows, windows, windows, whole) if backward else windows
