@@ -97,11 +97,12 @@ def attentions_of(name: str, batch: int) -> Counter[Attention]:
         found[Attention("attention", q.shape, k.shape[1], mask is not None, is_causal)] += 1
         return q
 
-    def windows(q, k, v, bias, regions):
-        heads = len(bias)
-        queries = (*q.shape[:2], heads, q.shape[2] // heads)
-        each = None if regions is None else tuple(map(tuple, np.asarray(regions).tolist()))
-        found[Attention("windows", queries, q.shape[1], regions=each)] += 1
+    def windows(q, k, v, padding, bias, windows):
+        heads, n, _ = bias.shape
+        queries = len(q) * windows.rows * windows.columns, n, heads, q.shape[2] // heads
+        regions = windows.regions()
+        each = None if regions is None else tuple(map(tuple, regions.tolist()))
+        found[Attention("windows", queries, n, regions=each)] += 1
         return q
 
     with (

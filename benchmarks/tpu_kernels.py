@@ -3,7 +3,8 @@
 XLA estimates cycles for its operations, but has none for a kernel that it is given. So
 benchmarks/tpu_compile.py starts this as a process of its own, in which libtpu writes down the
 instructions of each kernel, compiled by itself: one bundle of them per cycle, as often as the
-kernel's grid has steps, which a chip's cores share.
+kernel's grid has steps, which a chip's cores share. What it does in some steps only counts in
+those, and a loop as often as it runs.
 
     python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
 
@@ -11,6 +12,7 @@ prints a JSON object of the cycles of one chip by kernel.
 """
 
 import collections
+import itertools
 import json
 import math
 import os
@@ -19,9 +21,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.paper import jaxprs_in_params, paper_config
@@ -77,8 +81,80 @@ def write_down(directory: pathlib.Path) -> None:
     )
 
 
-def bundles(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
-    """Instructions of one step of a kernel's grid, from what libtpu writes down in `dump`."""
+class Straight(NamedTuple):
+    """A kernel as one step of its grid runs it, without branches and but one loop, or none."""
+
+    jaxpr: Jaxpr
+    choices: tuple[int, ...]  # Of its branches, one after another.
+    lengths: tuple[int, ...]  # Of its loops.
+
+
+def straighten(jaxpr: Jaxpr, step: dict[int, int], loop: int | None = None) -> Straight:
+    """What a kernel does where the axes of its grid that it asks for are at `step`.
+
+    Loops are left out, but for that with number `loop`.
+    """
+    eqns, choices, lengths = [], [], []
+    known: dict[Var, Any] = {}  # The numbers that follow from the step.
+
+    def run(jaxpr: Jaxpr, arguments: list) -> list:
+        names = dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def atom(x):
+            return x if isinstance(x, Literal) else names[x]
+
+        for eqn in jaxpr.eqns:
+            inputs = [atom(x) for x in eqn.invars]
+            values = [x.val if isinstance(x, Literal) else known.get(x) for x in inputs]
+            if eqn.primitive.name == "cond":
+                choices.append(int(values[0]))
+                outputs = run(eqn.params["branches"][choices[-1]].jaxpr, inputs[1:])
+            elif eqn.primitive.name == "scan" and loop != len(lengths):
+                lengths.append(eqn.params["length"])
+                outputs = inputs[eqn.params["num_consts"] :]
+            else:
+                if eqn.primitive.name == "scan":
+                    lengths.append(eqn.params["length"])
+                outputs = [Var(x.aval) for x in eqn.outvars]
+                eqns.append(eqn.replace(invars=inputs, outvars=outputs))
+                if eqn.primitive.name == "program_id":
+                    known[outputs[0]] = np.int32(step[eqn.params["axis"]])
+                elif values and not any(x is None for x in values):
+                    results = eqn.primitive.bind(*values, **eqn.params)
+                    many = eqn.primitive.multiple_results
+                    known.update(zip(outputs, results if many else [results], strict=True))
+            names.update(zip(eqn.outvars, outputs, strict=True))
+        return [atom(x) for x in jaxpr.outvars]
+
+    outvars = run(jaxpr, jaxpr.invars)
+    straight = jaxpr.replace(eqns=eqns, outvars=outvars)
+    return Straight(straight, tuple(choices), tuple(lengths))
+
+
+def cycles_of(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
+    """Of all steps of a kernel's grid, by the instructions that libtpu writes down in `dump`."""
+    jaxpr, grid = eqn.params["jaxpr"], eqn.params["grid_mapping"].grid
+    asked = sorted({e.params["axis"] for e in jaxpr.eqns if e.primitive.name == "program_id"})
+    steps = [
+        dict(zip(asked, at, strict=True))
+        for at in itertools.product(*(range(grid[i]) for i in asked))
+    ]
+    alike = collections.defaultdict(list)
+    for step in steps:
+        alike[straighten(jaxpr, step).choices].append(step)
+    total = 0
+    for first, *others in alike.values():
+        straight = straighten(jaxpr, first)
+        count = outside = bundles(eqn, straight.jaxpr, device, dump)
+        for loop, length in enumerate(straight.lengths):
+            inside = bundles(eqn, straighten(jaxpr, first, loop).jaxpr, device, dump) - outside
+            count += length * inside
+        total += count * (1 + len(others))
+    return total * (math.prod(grid) // len(steps))
+
+
+def bundles(eqn: JaxprEqn, jaxpr: Jaxpr, device: jax.Device, dump: pathlib.Path) -> int:
+    """Instructions of a kernel, with `jaxpr` for its own, from what libtpu writes down."""
     sharding = SingleDeviceSharding(device)
     shapes = [
         jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in eqn.invars
@@ -86,7 +162,7 @@ def bundles(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
     known = set(dump.iterdir())
 
     def alone(*arrays):
-        return eqn.primitive.bind(*arrays, **eqn.params)
+        return eqn.primitive.bind(*arrays, **eqn.params | {"jaxpr": jaxpr})
 
     jax.jit(alone).lower(*shapes).compile()
     # The kernel is named after the function; beside it are copies to the layouts that it wants.
@@ -103,9 +179,8 @@ def main() -> None:
         cycles = collections.Counter()
         chip = mesh.devices.flat[0]
         for eqn, times in kernels_of(traced.jaxpr.jaxpr):
-            steps = math.prod(eqn.params["grid_mapping"].grid) * times // chip.num_cores
-            one = bundles(eqn, chip, pathlib.Path(dump))
-            cycles[f"kernel {eqn.params['name']}"] += one * steps
+            all_steps = cycles_of(eqn, chip, pathlib.Path(dump))
+            cycles[f"kernel {eqn.params['name']}"] += all_steps * times // chip.num_cores
     print(json.dumps(cycles))
 
 

@@ -121,28 +121,48 @@ def test_operations_where_platforms_differ():
     assert product_flops(jax.make_jaxpr(function)(jnp.zeros((4, 4))).jaxpr) == 2 * 4**3
 
 
-# A kernel in a loop of 3, on a TPU only, and how many instructions it has.
+# A kernel in a loop of 3, on a TPU only, and how many instructions its steps have together; one
+# that loops in some of them.
 KERNELS = """
 import pathlib, sys
 import jax, jax.numpy as jnp
+from jax.experimental import pallas as pl
 from benchmarks import tpu_compile, tpu_kernels
-from refseg_jax.models.layers.window_attention import attend_in_kernel
+from refseg_jax.models.layers.window_attention import Windows, attend_in_kernel
 from refseg_jax.sharding import on_mesh
 
 dump = pathlib.Path(sys.argv[1])
 tpu_kernels.write_down(dump)
 mesh = tpu_compile.mesh_of("v5e:2x2")
+chip = mesh.devices.flat[0]
 
-def attend(x, bias):
-    attention = lambda x: attend_in_kernel(x, x, x, bias, None)
+def attend(x, padding, bias):
+    attention = lambda x: attend_in_kernel(x, x, x, padding, bias, Windows((8, 8), 4))
     step = lambda x, _: (jax.lax.platform_dependent(x, tpu=attention, default=lambda x: x), None)
     return jax.lax.scan(step, x, length=3)[0]
 
-arrays = jnp.zeros((8, 16, 256), jnp.bfloat16), jnp.zeros((8, 16, 16))
-jaxpr = jax.make_jaxpr(on_mesh(mesh, attend))(*arrays).jaxpr
-for kernel, times in tpu_kernels.kernels_of(jaxpr):
-    grid = kernel.params["grid_mapping"].grid
-    print(times, *grid, tpu_kernels.bundles(kernel, mesh.devices.flat[0], dump))
+arrays = jnp.zeros((8, 64, 256), jnp.bfloat16), jnp.zeros((2, 256)), jnp.zeros((8, 16, 16))
+((kernel, times),) = tpu_kernels.kernels_of(jax.make_jaxpr(on_mesh(mesh, attend))(*arrays).jaxpr)
+print(times, *kernel.params["grid_mapping"].grid, tpu_kernels.cycles_of(kernel, chip, dump))
+
+def sums(often, x, y):
+    @pl.when((pl.program_id(0) > 0) & (pl.program_id(1) == 2))
+    def _():
+        y[...] = jnp.zeros_like(y)
+        def more(i, _):
+            y[...] += jnp.exp(x[...])
+        jax.lax.fori_loop(0, often, more, None)
+
+for often in 10, 1000:
+    call = pl.pallas_call(
+        lambda x, y: sums(often, x, y),
+        grid=(4, 5, 6),
+        in_specs=[pl.BlockSpec((8, 128), lambda i, j, k: (i, j))],
+        out_specs=pl.BlockSpec((8, 128), lambda i, j, k: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((32, 640), jnp.float32),
+    )
+    ((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(jnp.zeros((32, 640))).jaxpr)
+    print(tpu_kernels.cycles_of(kernel, chip, dump))
 """
 
 
@@ -150,9 +170,14 @@ def test_instructions_of_kernels(tmp_path):
     command = [sys.executable, "-c", KERNELS, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stderr
-    times, groups, windows, bundles = map(int, result.stdout.split())
-    assert (times, groups, windows) == (3, 2, 1)  # Of 256 channels; 2 windows on a chip.
-    assert 50 < bundles < 2000
+    kernel, few, many = result.stdout.splitlines()
+    times, groups, samples, strips, cycles = map(int, kernel.split())
+    assert (times, groups, samples, strips) == (3, 2, 2, 2)  # Of 256 channels and two samples.
+    assert 100 < cycles / (groups * samples * strips) < 2000
+    # The loop runs in 3 of 4, 1 of 5 and all of 6 steps of the grid's axes.
+    once, rest = divmod(int(many) - int(few), 990 * 3 * 6)
+    assert rest == 0 and 2 < once < 100
+    assert int(few) > 4 * 5 * 6 * 10
 
 
 def test_the_page_has_the_tables_of_the_record():

@@ -7,58 +7,80 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.encoders.swin import WindowAttention
-from refseg_jax.models.layers.window_attention import attend, attend_in_kernel, fits_kernel
+from refseg_jax.models.layers.window_attention import (
+    Windows,
+    attend_in_kernel,
+    attend_in_windows,
+    fits_kernel,
+)
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
 
 RNG = np.random.default_rng(0)
-REGIONS = RNG.integers(0, 3, (2, 144))  # Two windows a sample.
 
 
-def results(attention, regions, mesh, arrays):
-    """y and the gradients of q, k, v and the bias, with the windows divided among `mesh`."""
+def results(attention, windows, mesh, arrays):
+    """y and the gradients of q, k, v, padding and bias, with the samples divided among `mesh`."""
 
     def function(cotangent, *arrays):
-        y, pull_back = jax.vjp(lambda *arrays: attention(*arrays, regions), *arrays)
+        y, pull_back = jax.vjp(lambda *arrays: attention(*arrays, windows), *arrays)
         return y, *pull_back(cotangent)
 
-    windows, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    places = [whole if x.shape[0] != arrays[0].shape[0] else windows for x in arrays]
+    samples, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    places = [samples] * 4 + [whole] * 2
     return jax.jit(on_mesh(mesh, function))(*map(jax.device_put, arrays, places))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("regions", [None, REGIONS], ids=["whole", "regions"])
-@pytest.mark.parametrize("heads", [2, 8])  # Of 128 and of 32 channels.
-@pytest.mark.parametrize("cells", [16, 128, 144])  # A part of a register's lanes, all, and more.
-def test_kernel(cells, heads, regions, devices, interpreted):
-    windows, channels = 4, 256
-    regions = None if regions is None else regions[:, :cells]
-    q, k, v, cotangent = RNG.normal(size=(4, windows, cells, channels)).astype(np.float32)
-    arrays = cotangent, q / 8, k, v, RNG.normal(size=(heads, cells, cells)).astype(np.float32)
+@pytest.mark.parametrize(
+    ("size", "side", "heads", "devices"),
+    [
+        ((8, 8), 4, 2, 1),  # Whole windows, of a part of a register's lanes; 128 channels a head.
+        ((10, 14), 4, 8, 2),  # Padded on both sides.
+        ((13, 12), 4, 8, 1),  # Padded below; a strip that is all padding but for its first row.
+        ((5, 7), 4, 8, 1),  # An odd number of cells in a row.
+        ((3, 2), 4, 8, 1),  # Smaller than a window.
+        ((12, 24), 12, 8, 2),  # More cells than lanes.
+        ((15, 50), 12, 8, 1),
+        ((16, 16), 16, 4, 1),  # Two registers of cells.
+        ((4, 28), 4, 8, 1),  # Seven windows in a row: one at a time.
+    ],
+)
+@pytest.mark.parametrize("shifted", [False, True], ids=["whole", "shifted"])
+def test_kernel(size, side, heads, devices, shifted, interpreted):
+    windows = Windows(size, side, side // 2 if shifted else 0)
+    B, n, C = 2, size[0] * size[1], 256
+    q, k, v, cotangent = RNG.normal(size=(4, B, n, C)).astype(np.float32)
+    padding = RNG.normal(size=(2, C)).astype(np.float32)
+    bias = RNG.normal(size=(heads, side**2, side**2)).astype(np.float32)
+    arrays = cotangent, q / 8, k, v, padding, bias
     mesh = make_mesh(devices, 1)
-    ours = results(attend_in_kernel, regions, mesh, arrays)
-    theirs = results(attend, regions, mesh, arrays)
+    ours = results(attend_in_kernel, windows, mesh, arrays)
+    theirs = results(attend_in_windows, windows, mesh, arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads", "windows", "dtype", "fits"),
+    ("size", "channels", "heads", "side", "shift", "dtype", "fits"),
     [
-        ((8, 144, 128), 4, 4, jnp.bfloat16, True),
-        ((8, 144, 128), 4, 4, jnp.float32, False),  # Rounded to bfloat16 by a TPU's products.
-        ((8, 49, 128), 4, 4, jnp.bfloat16, False),
-        ((8, 144, 96), 3, 4, jnp.bfloat16, False),
-        ((8, 144, 384), 8, 4, jnp.bfloat16, False),  # 48 channels a head.
-        ((8, 256, 128), 8, 4, jnp.bfloat16, True),
-        ((8, 256, 128), 16, 4, jnp.bfloat16, False),  # 4 MiB of logits in a window.
-        ((8, 144, 128), 4, 8, jnp.bfloat16, False),  # One sample for two devices.
+        ((24, 30), 128, 4, 12, 6, jnp.bfloat16, True),
+        ((24, 30), 128, 4, 12, 6, jnp.float32, False),  # A TPU's products round it to bfloat16.
+        ((24, 30), 128, 4, 7, 3, jnp.bfloat16, False),
+        ((24, 30), 128, 4, 12, 3, jnp.bfloat16, False),
+        ((24, 30), 96, 3, 12, 6, jnp.bfloat16, False),
+        ((24, 30), 384, 8, 12, 6, jnp.bfloat16, False),  # 48 channels a head.
+        ((24, 30), 128, 8, 16, 8, jnp.bfloat16, True),
+        ((24, 30), 128, 16, 16, 8, jnp.bfloat16, False),  # 4 MiB of logits in a window.
+        ((24, 512), 128, 4, 12, 6, jnp.bfloat16, False),  # 21 MiB of strips.
     ],
 )
-def test_what_fits_the_kernel(shape, heads, windows, dtype, fits):
-    array = jax.ShapeDtypeStruct(shape, dtype)
-    assert on_mesh(make_mesh(2, 1), fits_kernel)(array, heads, windows) == fits
-    assert not fits_kernel(array, heads, windows)  # It is not known where the windows are.
+def test_what_fits_the_kernel(size, channels, heads, side, shift, dtype, fits):
+    windows = Windows(size, side, shift)
+    array = jax.ShapeDtypeStruct((8, size[0] * size[1], channels), dtype)
+    mesh = make_mesh(2, 1)
+    assert on_mesh(mesh, fits_kernel)(array, heads, windows) == fits
+    assert not fits_kernel(array, heads, windows)  # It is not known where the samples are.
+    odd = jax.ShapeDtypeStruct((7, *array.shape[1:]), dtype)
+    assert not on_mesh(mesh, fits_kernel)(odd, heads, windows)
 
 
 def test_a_tpu_takes_the_kernel(like_a_tpu):

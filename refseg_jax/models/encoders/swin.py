@@ -7,7 +7,6 @@ norms, attention logits and softmax are computed in float32, and the logits kept
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.dense import Dense, SplitDense
 from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.positions import sine_positions
-from refseg_jax.models.layers.window_attention import window_attention
+from refseg_jax.models.layers.window_attention import Windows, window_attention
 
 _INIT = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -61,111 +60,6 @@ class SwinConfig:
         return tuple(self.embed_dim * 2**i for i in range(len(self.depths)))
 
 
-def _whole_windows(size: tuple[int, int], window: int) -> tuple[int, int]:
-    """`size` (h, w), padded to multiples of `window`."""
-    h, w = size
-    return h + -h % window, w + -w % window
-
-
-def _shift_regions(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
-    """Which cells were neighbours before the cyclic shift: equal numbers, int32 [windows, window²].
-
-    After the shift the last window of an axis holds cells from both ends of the map: the axis has
-    three regions, cut at `window` and at `shift` cells before its end.
-    """
-
-    def axis(n: int) -> np.ndarray:
-        cell = np.arange(n, dtype=np.int32)
-        return (cell >= n - window) + np.int32(cell >= n - shift)
-
-    h, w = _whole_windows(size, window)
-    return _by_windows((3 * axis(h)[:, None] + axis(w))[None, ..., None], window)[..., 0]
-
-
-def _by_windows(x: jax.Array | np.ndarray, window: int) -> jax.Array | np.ndarray:
-    """[B, h, w, C] of whole windows -> [B · windows, window², C]."""
-    B, h, w, C = x.shape
-    x = x.reshape(B, h // window, window, w // window, window, C).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, window * window, C)
-
-
-def _from_windows(x: jax.Array, size: tuple[int, int], window: int) -> jax.Array:
-    """The inverse of `_by_windows`; `size` is (h, w)."""
-    h, w = size
-    x = x.reshape(-1, h // window, w // window, window, window, x.shape[-1])
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, h, w, x.shape[-1])
-
-
-def gather_windows(x: jax.Array, size: tuple[int, int], window: int, shift: int) -> jax.Array:
-    """Cells in windows that lie `shift` cells further down and right, cyclically.
-
-    [B, h·w, C], row by row, `size` (h, w) -> [B · windows, window², C]. Zeros pad the map to whole
-    windows before it is shifted.
-    """
-
-    def by_moves(x):
-        (h, w), (H, W) = size, _whole_windows(size, window)
-        x = x.reshape(-1, h, w, x.shape[-1])
-        x = jnp.pad(x, ((0, 0), (0, H - h), (0, W - w), (0, 0)))
-        return _by_windows(jnp.roll(x, (-shift, -shift), (1, 2)), window)
-
-    def by_products(x):
-        strip = _strip(size, window)
-        if strip != size:
-            missing = -size[0] % window * size[1]
-            x = jnp.roll(jnp.pad(x, ((0, 0), (0, missing), (0, 0))), -shift * size[1], 1)
-        pick = _picks(strip, window, (shift if strip == size else 0, shift), x.dtype)
-        x = x.reshape(-1, math.prod(strip), x.shape[-1])
-        x = jnp.einsum("mn,bnc->bmc", pick, x, precision=jax.lax.Precision.HIGHEST)
-        return x.reshape(-1, window * window, x.shape[-1])
-
-    return jax.lax.platform_dependent(x, tpu=by_products, default=by_moves)
-
-
-def scatter_windows(x: jax.Array, size: tuple[int, int], window: int, shift: int) -> jax.Array:
-    """The inverse of `gather_windows`, without the padding."""
-
-    def by_moves(x):
-        x = _from_windows(x, _whole_windows(size, window), window)
-        x = jnp.roll(x, (shift, shift), (1, 2))[:, : size[0], : size[1]]
-        return x.reshape(-1, math.prod(size), x.shape[-1])
-
-    def by_products(x):
-        strip = _strip(size, window)
-        pick = _picks(strip, window, (shift if strip == size else 0, shift), x.dtype)
-        x = x.reshape(-1, len(pick), x.shape[-1])
-        x = jnp.einsum("mn,bmc->bnc", pick, x, precision=jax.lax.Precision.HIGHEST)
-        if strip != size:
-            x = x.reshape(-1, _whole_windows(size, window)[0] * size[1], x.shape[-1])
-            x = jnp.roll(x, shift * size[1], 1)[:, : math.prod(size)]
-        return x
-
-    return jax.lax.platform_dependent(x, tpu=by_products, default=by_moves)
-
-
-# A TPU moves cells about in tiles of 8 or 16 rows, which windows do not fit. A product with ones
-# and zeros takes less time: over the whole of a small map, else over a row of windows.
-_WHOLE_MAP = 1024
-
-
-def _strip(size: tuple[int, int], window: int) -> tuple[int, int]:
-    """(h, w) of what one such product rearranges."""
-    return size if math.prod(size) <= _WHOLE_MAP else (window, size[1])
-
-
-def _picks(
-    size: tuple[int, int], window: int, shift: tuple[int, int], dtype: jnp.dtype
-) -> jax.Array:
-    """[cells in whole windows, h·w] of ones and zeros: which cell comes to lie where."""
-    (h, w), (H, W) = size, _whole_windows(size, window)
-    cell = np.pad(
-        np.arange(h * w, dtype=np.int32).reshape(h, w), ((0, H - h), (0, W - w)), constant_values=-1
-    )
-    cell = np.roll(cell, (-shift[0], -shift[1]), (0, 1))
-    cell = jnp.asarray(_by_windows(cell[None, ..., None], window).ravel())
-    return (cell[:, None] == jnp.arange(h * w, dtype=jnp.int32)).astype(dtype)
-
-
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside non-overlapping windows, with relative position bias.
 
@@ -181,15 +75,14 @@ class WindowAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int], shift: int = 0) -> jax.Array:
         C = x.shape[-1]
-        # Windows first, while an array's last axis still holds all channels: accelerators move that
-        # well, and heads of 32 channels badly.
-        x = gather_windows(x, size, self.window, shift)
-        q, k, v = SplitDense(3, C, self.dtype, _INIT, name="qkv")(x)
+        windows = Windows(size, self.window, shift)
+        qkv = SplitDense(3, C, self.dtype, _INIT, name="qkv")
+        q, k, v = qkv(x)
+        # What the layer makes of the zeros around the map.
+        padding = jnp.concatenate(qkv(jnp.zeros((1, C)))[1:])
         q *= (C // self.heads) ** -0.5
-        regions = _shift_regions(size, self.window, shift) if shift else None
-        y = window_attention(q, k, v, self._position_bias(), regions)
-        y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
-        return scatter_windows(y, size, self.window, shift)
+        y = window_attention(q, k, v, padding, self._position_bias(), windows)
+        return Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
 
     def _position_bias(self) -> jax.Array:
         """Bias of query cell (i, j) on key cell (p, q), float32 [heads, window², window²].

@@ -1,7 +1,11 @@
-"""Attention inside windows: as XLA compiles it well, and as a kernel of our own for TPUs."""
+"""Attention inside windows of a map: as XLA compiles it well, and as a kernel for TPUs."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,38 +20,189 @@ from refseg_jax.sharding import kernel_places
 APART = -100.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Windows of `side` x `side` cells over a map of `size` (h, w).
+
+    The map is padded to whole windows, at the bottom and on the right. They lie `shift` cells
+    further down and right, cyclically.
+    """
+
+    size: tuple[int, int]
+    side: int
+    shift: int = 0
+
+    @property
+    def rows(self) -> int:
+        return -(-self.size[0] // self.side)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.size[1] // self.side)
+
+    @property
+    def padded(self) -> bool:
+        return self.size != (self.rows * self.side, self.columns * self.side)
+
+    def cells(self) -> np.ndarray:
+        """Which of the map's h·w cells lies where, or -1: int32 [windows, side²]."""
+        (h, w), H, W = self.size, self.rows * self.side, self.columns * self.side
+        cell = np.arange(h * w, dtype=np.int32).reshape(h, w)
+        cell = np.pad(cell, ((0, H - h), (0, W - w)), constant_values=-1)
+        cell = np.roll(cell, (-self.shift, -self.shift), (0, 1))
+        return by_windows(cell[None, ..., None], self.side)[..., 0]
+
+    def regions(self) -> np.ndarray | None:
+        """Which cells were neighbours before the shift: equal numbers, int32 [windows, side²].
+
+        After it the last window of an axis holds cells from both ends of the map: the axis has
+        three regions, cut at `side` and at `shift` cells before its end. None without a shift.
+        """
+        if not self.shift:
+            return None
+
+        def axis(n: int) -> np.ndarray:
+            cell = np.arange(n, dtype=np.int32)
+            return (cell >= n - self.side) + np.int32(cell >= n - self.shift)
+
+        H, W = self.rows * self.side, self.columns * self.side
+        return by_windows((3 * axis(H)[:, None] + axis(W))[None, ..., None], self.side)[..., 0]
+
+
+def by_windows(x: jax.Array | np.ndarray, side: int) -> jax.Array | np.ndarray:
+    """[B, h, w, C] of whole windows -> [B · windows, side², C]."""
+    B, h, w, C = x.shape
+    x = x.reshape(B, h // side, side, w // side, side, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, side * side, C)
+
+
+def gather_windows(x: jax.Array, windows: Windows) -> jax.Array:
+    """Cells [B, h·w, C], row by row, in windows [B · windows, side², C]; zeros pad the map."""
+    (h, w), side, shift = windows.size, windows.side, windows.shift
+    H, W = windows.rows * side, windows.columns * side
+
+    def by_moves(x):
+        x = x.reshape(-1, h, w, x.shape[-1])
+        x = jnp.pad(x, ((0, 0), (0, H - h), (0, W - w), (0, 0)))
+        return by_windows(jnp.roll(x, (-shift, -shift), (1, 2)), side)
+
+    def by_products(x):
+        pick, whole = _picks(windows, x.dtype)
+        if not whole:
+            x = jnp.roll(jnp.pad(x, ((0, 0), (0, (H - h) * w), (0, 0))), -shift * w, 1)
+        x = x.reshape(-1, pick.shape[1], x.shape[-1])
+        x = jnp.einsum("mn,bnc->bmc", pick, x, precision=jax.lax.Precision.HIGHEST)
+        return x.reshape(-1, side * side, x.shape[-1])
+
+    return jax.lax.platform_dependent(x, tpu=by_products, default=by_moves)
+
+
+def scatter_windows(x: jax.Array, windows: Windows) -> jax.Array:
+    """The inverse of `gather_windows`, without the padding."""
+    (h, w), side, shift = windows.size, windows.side, windows.shift
+    H, W = windows.rows * side, windows.columns * side
+
+    def by_moves(x):
+        x = x.reshape(-1, windows.rows, windows.columns, side, side, x.shape[-1])
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, H, W, x.shape[-1])
+        x = jnp.roll(x, (shift, shift), (1, 2))[:, :h, :w]
+        return x.reshape(-1, h * w, x.shape[-1])
+
+    def by_products(x):
+        pick, whole = _picks(windows, x.dtype)
+        x = x.reshape(-1, len(pick), x.shape[-1])
+        x = jnp.einsum("mn,bmc->bnc", pick, x, precision=jax.lax.Precision.HIGHEST)
+        if not whole:
+            x = jnp.roll(x.reshape(-1, H * w, x.shape[-1]), shift * w, 1)[:, : h * w]
+        return x
+
+    return jax.lax.platform_dependent(x, tpu=by_products, default=by_moves)
+
+
+# A TPU moves cells about in tiles of 8 or 16 rows, which windows do not fit. A product with ones
+# and zeros takes less time: over the whole of a small map, else over a row of windows.
+_WHOLE_MAP = 1024
+
+
+def _picks(windows: Windows, dtype: jnp.dtype) -> tuple[jax.Array, bool]:
+    """[cells in windows, cells] of ones and zeros: which cell comes to lie where. And whether it is
+    of a whole map, and not of a row of windows that is shifted to the right only."""
+    w, side, shift = windows.size[1], windows.side, windows.shift
+    whole = math.prod(windows.size) <= _WHOLE_MAP
+    if whole:
+        cell, size = windows.cells(), windows.size
+    else:
+        size = side, w
+        cell = np.pad(
+            np.arange(side * w, dtype=np.int32).reshape(size),
+            ((0, 0), (0, -w % side)),
+            constant_values=-1,
+        )
+        cell = by_windows(np.roll(cell, -shift, 1)[None, ..., None], side)
+    return (jnp.asarray(cell.ravel())[:, None] == jnp.arange(math.prod(size))).astype(dtype), whole
+
+
 def window_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, regions: np.ndarray | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    padding: jax.Array,
+    bias: jax.Array,
+    windows: Windows,
 ) -> jax.Array:
-    """softmax(q k^T + bias) v of each head and window, where cells of one region see each other.
+    """softmax(q k^T + bias) v of each head in each window, where neighbours see each other.
 
     Logits and softmax are computed in float32. On a TPU, bfloat16 arrays that fill its registers go
     through a kernel, in which a window's logits never leave the chip; in all else they are kept in
     the dtype of `q`. See `fits_kernel`.
 
     Args:
-        q: [W,n,C], scaled; W windows of n cells, the channels of one head after those of another.
+        q: [B,h·w,C], scaled; a map row by row, the channels of one head after those of another.
         k: as `q`.
         v: as `q`.
-        bias: float32 [heads,n,n].
-        regions: int [windows of one sample, n], or None for one region.
+        padding: [2,C]: k and v of the cells that pad the map to whole windows.
+        bias: float32 [heads,side²,side²].
+        windows: those of the map.
 
     Returns:
-        [W,n,C] in the dtype of `q`.
+        [B,h·w,C] in the dtype of `q`.
     """
-    if fits_kernel(q, len(bias), 1 if regions is None else len(regions)):
+    padding = padding.astype(q.dtype)
+    if fits_kernel(q, len(bias), windows):
         return jax.lax.platform_dependent(
-            *(q, k, v, bias),
-            tpu=functools.partial(attend_in_kernel, regions=regions),
-            default=functools.partial(attend, regions=regions),
+            *(q, k, v, padding, bias),
+            tpu=functools.partial(attend_in_kernel, windows=windows),
+            default=functools.partial(attend_in_windows, windows=windows),
         )
-    return attend(q, k, v, bias, regions)
+    return attend_in_windows(q, k, v, padding, bias, windows)
+
+
+def attend_in_windows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    padding: jax.Array,
+    bias: jax.Array,
+    windows: Windows,
+) -> jax.Array:
+    """`window_attention` in XLA's operations."""
+    q, k, v = (gather_windows(x, windows) for x in (q, k, v))
+    if windows.padded:
+        outside = jnp.asarray(windows.cells() < 0)[:, :, None]
+        k, v = (
+            jnp.where(outside, p, x.reshape(-1, *outside.shape[:2], x.shape[-1])).reshape(x.shape)
+            for p, x in zip(padding, (k, v), strict=True)
+        )
+    return scatter_windows(attend(q, k, v, bias, windows.regions()), windows)
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, regions: np.ndarray | None
 ) -> jax.Array:
-    """`window_attention` in XLA's operations."""
+    """Attention inside windows [W,n,C] of cells; those of one region see each other.
+
+    `bias` is float32 [heads,n,n], `regions` int [windows of one sample, n], or None for one region.
+    """
 
     def by_head(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], len(bias), -1).swapaxes(1, 2)
@@ -103,53 +258,79 @@ def _attend_backward(saved, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# The kernel. It takes as many heads at a time as fill the lanes of a register, and one place on the
-# map of a few samples. Logits have a row for each key and a lane for each query of each head: a sum
-# over keys adds up registers, where a sum over lanes would move them, and the queries of all heads
-# fill the lanes better than the keys of a window. Each head's queries begin at a register; what
-# remains of them beyond full registers comes after those of all heads.
+# The kernel. It takes as many heads at a time as fill the lanes of a register, and a strip of the
+# map as high as a window, whose cells it moves into windows by itself: XLA would take longer for
+# it, and compute queries, keys and values of the cells around the map as well.
+# Logits have a row for each key and a lane for each query of each head: a sum over keys adds up
+# registers, where a sum over lanes would move them, and the queries of all heads fill the lanes
+# better than the keys of a window. Each head's queries begin at a register; what remains of them
+# beyond full registers comes after those of all heads.
 LANES = 128
-ROWS = 16  # Of bfloat16 in a register.
-SAMPLES = (4, 2, 1)  # At a time: while one waits for its products, another computes.
-MOST_LOGITS = 1 << 19  # At a time: their like in the backward pass takes most of 16 MiB.
+MEMORY = 14 << 20  # Bytes that a step may take, of the 16 MiB of a v4.
+MOST_LOGITS = 1 << 19  # At a time: their like in the backward pass takes most of that.
+TOGETHER = 5  # Windows: while one waits for its products, another computes.
 
 
-def fits_kernel(q: jax.Array, heads: int, windows: int) -> bool:
-    """Whether `attend_in_kernel` takes arrays like `q` [W,n,C].
+def fits_kernel(q: jax.Array, heads: int, windows: Windows) -> bool:
+    """Whether `attend_in_kernel` takes arrays like `q` [B,h·w,C].
 
-    They fill registers, what is computed of a window fits a chip's vector memory, and every device
-    of the mesh in use has whole samples, of so many windows; without a mesh (`sharding.on_mesh`)
-    nothing is known of the devices.
+    They fill registers, what is computed of a window and the strips of a map that are at hand fit a
+    chip's vector memory, and every device of the mesh in use has whole samples; without a mesh
+    (`sharding.on_mesh`) nothing is known of the devices.
     """
-    W, n, C = q.shape
+    B, _, C = q.shape
+    side, n = windows.side, windows.side**2
     mesh = jax.sharding.get_abstract_mesh()
     return (
-        (q.dtype == jnp.bfloat16 and n % ROWS == 0)
+        (q.dtype == jnp.bfloat16 and side % 4 == 0 and windows.shift % 2 == 0)
         and (C % LANES == 0 and LANES % (C // heads) == 0)
         and LANES * heads // C * n * n <= MOST_LOGITS
-        and (not mesh.empty and W % (mesh.size * windows) == 0)
+        and 14 * windows.columns * n * LANES * q.dtype.itemsize <= MEMORY
+        and (not mesh.empty and B % mesh.size == 0)
     )
 
 
-@jax.custom_vjp
 def attend_in_kernel(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, regions: np.ndarray | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    padding: jax.Array,
+    bias: jax.Array,
+    windows: Windows,
 ) -> jax.Array:
     """`window_attention` as a kernel for TPUs of arrays that `fits_kernel`."""
-    return _divided(_forward_kernel, (q, k, v), bias, regions)
+    (h, w), (B, _, C) = windows.size, q.shape
+    if w % 2 == 0:
+        return _attend_in_kernel(q, k, v, padding, bias, windows)
+    # Two cells of bfloat16 share a row of a register: one more column.
+    assert windows.columns * windows.side > w
+    columns = jnp.zeros_like(padding[0]), *padding
+    q, k, v = (
+        jnp.concatenate([x.reshape(B, h, w, C), jnp.broadcast_to(p, (B, h, 1, C))], 2)
+        for x, p in zip((q, k, v), columns, strict=True)
+    )
+    q, k, v = (x.reshape(B, -1, C) for x in (q, k, v))
+    wider = dataclasses.replace(windows, size=(h, w + 1))
+    y = _attend_in_kernel(q, k, v, padding, bias, wider)
+    return y.reshape(B, h, w + 1, C)[:, :, :w].reshape(B, -1, C)
 
 
-def _in_kernel_forward(q, k, v, bias, regions):
-    return attend_in_kernel(q, k, v, bias, regions), (q, k, v, bias, regions)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend_in_kernel(q, k, v, padding, bias, windows):
+    return _divided(False, windows, (q, k, v), padding, bias)
 
 
-def _in_kernel_backward(saved, cotangent):
+def _in_kernel_forward(q, k, v, padding, bias, windows):
+    return _attend_in_kernel(q, k, v, padding, bias, windows), (q, k, v, padding, bias)
+
+
+def _in_kernel_backward(windows, saved, cotangent):
     # The logits are computed once more: that takes less than to write and read them.
-    *arrays, bias, regions = saved
-    return *_divided(_backward_kernel, (*arrays, cotangent), bias, regions), None
+    *arrays, padding, bias = saved
+    return _divided(True, windows, (*arrays, cotangent), padding, bias)
 
 
-attend_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
+_attend_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 
 
 def _in_lanes(x: jax.Array) -> jax.Array:
@@ -169,111 +350,354 @@ def _in_full_registers(n: int) -> int:
 
 
 def _divided(
-    kernel: Callable, arrays: tuple[jax.Array, ...], bias: jax.Array, regions: np.ndarray | None
+    backward: bool,
+    windows: Windows,
+    arrays: tuple[jax.Array, ...],
+    padding: jax.Array,
+    bias: jax.Array,
 ) -> Any:
-    """Runs `kernel` where the windows are: XLA cannot divide it among devices by itself."""
-    backward = kernel is _backward_kernel
+    """Runs the kernel where the samples are: XLA cannot divide it among devices by itself."""
     groups, (all_heads, n, _) = arrays[0].shape[-1] // LANES, bias.shape
     heads = all_heads // groups
     bias = _in_lanes(bias.reshape(groups, heads, n, n).transpose(0, 3, 1, 2))
-    operands = [*arrays, bias]
-    if regions is not None:
-        regions = jnp.asarray(regions)
-        of_queries = jnp.broadcast_to(regions[:, None, None], (len(regions), 1, heads, n))
-        operands += [regions[:, :, None], _in_lanes(of_queries)]
-    windows, whole = kernel_places()
-    places = tuple(windows if i < len(arrays) else whole for i in range(len(operands)))
+    samples, whole = kernel_places()
 
-    def run(*operands):
-        results = _run(kernel, operands[: len(arrays)], *operands[len(arrays) :])
+    def run(padding, bias, *arrays):
+        results = _run(backward, windows, arrays, padding, bias)
         if backward:
-            *results, of_bias = results
-            results = *results, jax.lax.psum(of_bias, *windows)
+            *results, of_padding, of_bias = results
+            results = *results, *jax.lax.psum((of_padding, of_bias), *samples)
         return results
 
-    results = (windows, windows, windows, whole) if backward else windows
-    results = jax.shard_map(run, in_specs=places, out_specs=results, check_vma=False)(*operands)
+    results = jax.shard_map(
+        run,
+        in_specs=(whole, whole, *[samples] * len(arrays)),
+        out_specs=(samples, samples, samples, whole, whole) if backward else samples,
+        check_vma=False,
+    )(padding, bias, *arrays)
     if backward:
-        *results, of_bias = results
-        of_bias = _out_of_lanes(of_bias, heads).transpose(0, 2, 3, 1)
-        results = *results, of_bias.reshape(all_heads, n, n)
+        *results, of_padding, of_bias = results
+        of_bias = _out_of_lanes(of_bias, heads).transpose(0, 2, 3, 1).reshape(all_heads, n, n)
+        results = *results, of_padding.astype(padding.dtype), of_bias
     return results
 
 
-def _run(kernel: Callable, arrays: tuple[jax.Array, ...], bias: jax.Array, *regions) -> Any:
-    """`kernel` for every group of heads and place on the map, the places one after another."""
-    backward = kernel is _backward_kernel
-    W, n, C = arrays[0].shape
-    R = len(regions[0]) if regions else 1
-    most = MOST_LOGITS // (n * bias.shape[2])
-    T = next(t for t in SAMPLES if W % (t * R) == 0 and t <= most)
-    # Windows W // T apart are of the same place, and so of the same regions.
-    arrays = [x.reshape(T, W // T, n, C) for x in arrays]
-    x = pl.BlockSpec((T, 1, n, LANES), lambda g, w: (0, w, 0, g))
-    # The same block for all windows: it is read once, and in the backward pass added up to.
-    b = pl.BlockSpec((1, *bias.shape[1:]), lambda g, w: (g, 0, 0))
-    of_place = [
-        pl.BlockSpec((1, *r.shape[1:]), lambda g, w: (jax.lax.rem(w, R), 0, 0)) for r in regions
-    ]
-    like_x, like_bias = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (arrays[0], bias))
-    products = 5 if backward else 2
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """How the kernel goes over a map, strip by strip.
+
+    Windows that are not shifted are those of a strip. Else the upper part of a strip of windows is
+    the lower part of a strip of the map, the lower part is the upper part of the next, and around
+    the map. So the last strip of windows comes first; there is one more step before, which reads
+    its upper part, and one after, which writes it.
+    """
+
+    windows: Windows
+
+    def __len__(self) -> int:
+        return self.windows.rows + 2 * bool(self.windows.shift)
+
+    def _strip(self, step: jax.Array, before: int) -> jax.Array:
+        last = self.windows.rows - 1
+        return jnp.clip(step - before, 0, last) if self.windows.shift else step
+
+    def read(self, step: jax.Array) -> jax.Array:
+        """Which strip of the map is read."""
+        first = self.windows.rows - 1 if self.windows.shift else 0
+        return jnp.where(step == 0, first, self._strip(step, 1))
+
+    def computed(self, step: jax.Array) -> jax.Array:
+        """Which strip of windows is computed, if any."""
+        first = self.windows.rows - 1 if self.windows.shift else 0
+        return jnp.where(step <= 1, first, step - 2) if self.windows.shift else step
+
+    def written(self, step: jax.Array) -> jax.Array:
+        """Which strip of the map is written."""
+        return self._strip(step, 2)
+
+
+def _run(
+    backward: bool,
+    windows: Windows,
+    arrays: tuple[jax.Array, ...],
+    padding: jax.Array,
+    bias: jax.Array,
+) -> Any:
+    """The kernel for every group of heads, sample and strip, the last two one after another."""
+    B, _, C = arrays[0].shape
+    (_, w), side, n = windows.size, windows.side, windows.side**2
+    dtype, packed = arrays[0].dtype, 4 // arrays[0].dtype.itemsize
+    steps = _Steps(windows)
+
+    def strip(which: Callable) -> pl.BlockSpec:
+        return pl.BlockSpec((1, side * w, LANES), lambda g, b, i: (b, which(i), g))
+
+    # The same block for all strips: it is read once, or added up to.
+    of_group = pl.BlockSpec((1, *bias.shape[1:]), lambda g, b, i: (g, 0, 0))
+    of_padding = pl.BlockSpec((2, side, LANES), lambda g, b, i: (0, 0, g))
+    cells = ("q", "k", "v", "of_y")[: len(arrays)]
+    inputs = {name: (x, strip(steps.read)) for name, x in zip(cells, arrays, strict=True)}
+    inputs["bias"] = bias, of_group
+    if windows.padded:
+        rows = jnp.broadcast_to(padding[:, None], (2, side, C))
+        inputs["padding"] = rows, of_padding
+    if windows.shift:
+        # A window is cut or not, downwards and across.
+        regions = jnp.asarray(_regions_of_kinds(windows))
+        heads = bias.shape[-1] // n
+        of_queries = jnp.broadcast_to(regions[:, None, None], (4, 1, heads, n))
+        for name, x in ("keys", regions[:, :, None]), ("queries", _in_lanes(of_queries)):
+            inputs[name] = x, pl.BlockSpec(x.shape, lambda g, b, i: (0, 0, 0))
+    if windows.padded and backward:
+        outside = windows.cells().reshape(windows.rows, windows.columns, 1, n) < 0
+        outside = jnp.broadcast_to(jnp.asarray(outside, dtype), (*outside.shape[:2], 8, n))
+        block = 1, *outside.shape[1:]
+        inputs["outside"] = (
+            outside,
+            pl.BlockSpec(block, lambda g, b, i: (steps.computed(i), 0, 0, 0)),
+        )
+    like_x = jax.ShapeDtypeStruct(arrays[0].shape, dtype)
+    names = ("of_q", "of_k", "of_v") if backward else ("y",)
+    outputs = {name: (like_x, strip(steps.written)) for name in names}
+    if backward:
+        outputs["of_bias"] = jax.ShapeDtypeStruct(bias.shape, bias.dtype), of_group
+        if windows.padded:
+            like_padding = jax.ShapeDtypeStruct((2, 8, C), jnp.float32)
+            block = pl.BlockSpec((2, 8, LANES), lambda g, b, i: (0, 0, g))
+            outputs["of_padding"] = like_padding, block
+    of_rows = jnp.int32 if packed > 1 else dtype
+    in_windows = pltpu.VMEM((windows.columns, n // packed, LANES), of_rows)
+    scratch = {f"{name}_cells": in_windows for name in cells}
+    if windows.shift:
+        upper = (side - windows.shift) * side // packed
+        upper = pltpu.VMEM((windows.columns, upper, LANES), of_rows)
+        scratch |= {f"{name}_first": upper for name in names}
+    refs = (*inputs, *outputs, *scratch)
     results = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, windows, dtype, refs),
         name="window_attention_backward" if backward else "window_attention",
-        grid=(C // LANES, W // T),
-        in_specs=[x] * len(arrays) + [b] + of_place,
-        out_specs=(x, x, x, b) if backward else x,
-        out_shape=(like_x, like_x, like_x, like_bias) if backward else like_x,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=products * 2 * W * n * n * C,
-            bytes_accessed=(7 if backward else 4) * like_x.size * like_x.dtype.itemsize,
-            transcendentals=W * bias.size,
+        grid=(C // LANES, B, len(steps)),
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for _, spec in outputs.values()],
+        out_shape=[shape for shape, _ in outputs.values()],
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
-    )(*arrays, bias, *regions)
+        cost_estimate=pl.CostEstimate(
+            flops=(5 if backward else 2) * 2 * B * windows.rows * windows.columns * n * n * C,
+            bytes_accessed=(7 if backward else 4) * like_x.size * dtype.itemsize,
+            transcendentals=B * windows.rows * windows.columns * bias.size,
+        ),
+    )(*(x for x, _ in inputs.values()))
     if not backward:
-        return results.reshape(W, n, C)
-    *results, of_bias = results
-    return *(x.reshape(W, n, C) for x in results), of_bias
+        return results[0]
+    results = dict(zip(outputs, results, strict=True))
+    of_padding = results["of_padding"][:, 0] if windows.padded else jnp.zeros(padding.shape)
+    return *(results[name] for name in names), of_padding, results["of_bias"]
 
 
-def _forward_kernel(q, k, v, bias, *others):
-    *regions, y = others
-    bias = _bias(bias, *regions)
-    heads = bias.shape[1] // len(bias)
-    for t in range(len(q)):
-        weights = _weights(_one_by_one(q[t, 0], heads), k[t, 0], bias).astype(v.dtype)
-        y[t, 0] = _sum_over_keys(weights, v[t, 0], heads).astype(y.dtype)
+def _regions_of_kinds(windows: Windows) -> np.ndarray:
+    """The regions of a window that is cut as 2 · downwards + across says, int32 [4, side²]."""
+    beyond = np.int32(np.arange(windows.side) >= windows.side - windows.shift)
+    kinds = [2 * y * beyond[:, None] + x * beyond for y in (0, 1) for x in (0, 1)]
+    return np.stack(kinds).reshape(4, -1)
 
 
-def _backward_kernel(q, k, v, cotangent, bias, *others):
-    *regions, of_q, of_k, of_v, of_bias = others
+def _kernel(windows: Windows, dtype: jnp.dtype, names: tuple[str, ...], *refs: Any) -> None:
+    """One step of the grid. Results take the place of the cells that they belong to."""
+    refs = SimpleNamespace(**dict(zip(names, refs, strict=True)))
+    steps, step = _Steps(windows), pl.program_id(2)
+    side, shift, rows = windows.side, windows.shift, windows.rows
+    backward = hasattr(refs, "of_bias")
+    names = ("q", "k", "v", "of_y") if backward else ("q", "k", "v")
+    results = {"of_q": "q", "of_k": "k", "of_v": "v"} if backward else {"y": "q"}
+    packed = 4 // dtype.itemsize
 
-    @pl.when(pl.program_id(1) == 0)
+    def around(name, cells):
+        """As many rows of what lies around the map."""
+        if name in ("k", "v"):
+            return _rows(refs.padding)[("k", "v").index(name), :cells]
+        return jnp.zeros((cells, LANES), refs.q_cells.dtype)
+
+    def pad(names):
+        """Fills the places beyond the end of the map's rows."""
+        for name, row, (column, place, source, count) in itertools.product(
+            names, range(side), _runs(windows)
+        ):
+            if source is None:
+                place, count = (row * side + place) // packed, count // packed
+                getattr(refs, f"{name}_cells")[column, place : place + count] = around(name, count)
+
+    @pl.when((pl.program_id(1) == 0) & (step == 0))
     def _():
-        of_bias[...] = jnp.zeros_like(of_bias)
+        pad(names)
+        for name in {"of_bias", "of_padding"} & set(vars(refs)):
+            ref = getattr(refs, name)
+            ref[...] = jnp.zeros_like(ref)
 
-    bias = _bias(bias, *regions)
-    heads = bias.shape[1] // len(bias)
-    total = jnp.zeros_like(bias)
-    for t in range(len(q)):
-        queries, of_y = (_one_by_one(x[t, 0], heads) for x in (q, cotangent))
-        weights = _weights(queries, k[t, 0], bias)
-        of_weights = _product(v[t, 0], of_y, 1, 1)
+    def read(first, last, to):
+        """Moves rows of a strip of the map to those of windows, from row `to`."""
+        for name in names:
+            strip, cells = _rows(getattr(refs, name)), getattr(refs, f"{name}_cells")
+            for row, (column, place, source, count) in itertools.product(
+                range(first, last), _runs(windows)
+            ):
+                if source is not None:
+                    place = ((row - first + to) * side + place) // packed
+                    source, count = (row * windows.size[1] + source) // packed, count // packed
+                    cells[column, place : place + count] = strip[0, source : source + count]
+        beyond = windows.size[0] - (rows - 1) * side
+        if beyond < last:
+
+            @pl.when(steps.read(step) == rows - 1)
+            def _():
+                for name, row in itertools.product(names, range(max(first, beyond), last)):
+                    place, count = (row - first + to) * side // packed, side // packed
+                    for column in range(windows.columns):
+                        cells = getattr(refs, f"{name}_cells")
+                        cells[column, place : place + count] = around(name, count)
+
+    def write(first, last, of, where="{}_cells"):
+        """Moves rows of windows, from row `of`, to those of a strip of the map."""
+        for result, name in results.items():
+            strip = _rows(getattr(refs, result))
+            cells = getattr(refs, where.format(result if "first" in where else name))
+            for row, (column, place, target, count) in itertools.product(
+                range(first, last), _runs(windows)
+            ):
+                if target is not None:
+                    place = ((row - first + of) * side + place) // packed
+                    target, count = (row * windows.size[1] + target) // packed, count // packed
+                    strip[0, target : target + count] = cells[column, place : place + count]
+
+    def compute():
+        if backward:
+            pad("kv")  # There are gradients now.
+        strip = steps.computed(step)
+        most = MOST_LOGITS // (refs.bias.shape[1] * refs.bias.shape[2])
+        together = max(
+            n for n in range(1, TOGETHER + 1) if windows.columns % n == 0 and n <= max(most, 1)
+        )
+
+        def some(i, _):
+            columns = [i * together + j for j in range(together)]
+            (_backward if backward else _forward)(windows, dtype, refs, strip, columns)
+
+        if together == windows.columns:
+            some(0, None)
+        else:
+            jax.lax.fori_loop(0, windows.columns // together, some, None)
+
+    if not shift:
+        read(0, side, 0)
+        compute()
+        write(0, side, 0)
+        return
+
+    @pl.when(step >= 2)
+    def _():
+        write(0, shift, side - shift)
+
+    @pl.when((step >= 1) & (step <= rows))
+    def _():
+        read(0, shift, side - shift)
+        compute()
+
+    @pl.when(step == 1)
+    def _():
+        for result, name in results.items():
+            first, cells = getattr(refs, f"{result}_first"), getattr(refs, f"{name}_cells")
+            first[...] = cells[:, : first.shape[1]]
+
+    @pl.when((step >= 2) & (step <= rows))
+    def _():
+        write(shift, side, 0)
+
+    @pl.when(step == rows + 1)
+    def _():
+        write(shift, side, 0, "{}_first")
+
+    @pl.when(step <= rows)
+    def _():
+        read(shift, side, 0)
+
+
+def _rows(ref: Any) -> Any:
+    """`ref` as rows of registers: vector units of before v6e know no bfloat16, two of which are one
+    integer."""
+    return ref if ref.dtype.itemsize == 4 else ref.bitcast(jnp.int32)
+
+
+def _runs(windows: Windows) -> Iterator[tuple[int, int, int | None, int]]:
+    """The cells of a row of the map that come to lie in a row.
+
+    Yields (column of windows, first place in the row of its window, first cell in the row of the
+    map or None beyond its end, count).
+    """
+    side, w = windows.side, windows.size[1]
+    for column in range(windows.columns):
+        cells = (np.arange(side) + column * side + windows.shift) % (windows.columns * side)
+        ends = [0, *(np.flatnonzero((np.diff(cells) != 1) | (cells[1:] == w)) + 1), side]
+        for first, end in itertools.pairwise(map(int, ends)):
+            source = int(cells[first])
+            yield column, first, source if source < w else None, end - first
+
+
+def _forward(windows, dtype, refs, strip, columns):
+    heads = refs.bias.shape[2] // refs.bias.shape[1]
+    results = []
+    for column in columns:
+        q, k, v = (
+            pltpu.bitcast(cells[column], dtype)
+            for cells in (refs.q_cells, refs.k_cells, refs.v_cells)
+        )
+        bias = _bias(windows, refs, strip, column)
+        weights = _weights(_one_by_one(q, heads), k, bias).astype(dtype)
+        y = _sum_over_keys(weights, v, heads).astype(dtype)
+        results.append(pltpu.bitcast(y, refs.q_cells.dtype))
+    for column, y in zip(columns, results, strict=True):
+        refs.q_cells[column] = y
+
+
+def _backward(windows, dtype, refs, strip, columns):
+    heads = refs.bias.shape[2] // refs.bias.shape[1]
+    results = []
+    of_bias = of_padding = 0
+    for column in columns:
+        q, k, v, of_y = (
+            pltpu.bitcast(cells[column], dtype)
+            for cells in (refs.q_cells, refs.k_cells, refs.v_cells, refs.of_y_cells)
+        )
+        queries, of_y = _one_by_one(q, heads), _one_by_one(of_y, heads)
+        weights = _weights(queries, k, _bias(windows, refs, strip, column))
+        of_weights = _product(v, of_y, 1, 1)
         of_logits = weights * (of_weights - (weights * of_weights).sum(0, keepdims=True))
-        total += of_logits
-        of_logits = of_logits.astype(q.dtype)
-        of_q[t, 0] = _sum_over_keys(of_logits, k[t, 0], heads).astype(of_q.dtype)
-        of_k[t, 0] = _product(of_logits, queries, 1, 0).astype(of_k.dtype)
-        of_v[t, 0] = _product(weights.astype(v.dtype), of_y, 1, 0).astype(of_v.dtype)
-    of_bias[0] += total
+        of_bias += of_logits
+        of_logits = of_logits.astype(dtype)
+        of_q = _sum_over_keys(of_logits, k, heads).astype(dtype)
+        of_k = _product(of_logits, queries, 1, 0).astype(dtype)
+        of_v = _product(weights.astype(dtype), of_y, 1, 0).astype(dtype)
+        if windows.padded:
+            outside = refs.outside[0, column]
+            of_padding += jnp.stack([_product(outside, x, 1, 0) for x in (of_k, of_v)])
+        results.append([pltpu.bitcast(x, refs.q_cells.dtype) for x in (of_q, of_k, of_v)])
+    refs.of_bias[0] += of_bias
+    if windows.padded:
+        refs.of_padding[...] += of_padding
+    for column, (of_q, of_k, of_v) in zip(columns, results, strict=True):
+        refs.q_cells[column] = of_q
+        refs.k_cells[column] = of_k
+        refs.v_cells[column] = of_v
 
 
-def _bias(bias, of_keys=None, of_queries=None) -> jax.Array:
+def _bias(windows, refs, strip, column) -> jax.Array:
     """What is added to the logits, float32 [n, heads · n]."""
-    bias = bias[0]
-    if of_keys is not None:
-        bias += jnp.where(of_keys[0] == of_queries[0], 0.0, APART)
+    bias = refs.bias[0]
+    if windows.shift:
+        down, across = strip == windows.rows - 1, column == windows.columns - 1
+        kind = 2 * jnp.int32(down) + jnp.int32(across)
+        bias += jnp.where(refs.keys[kind] == refs.queries[kind], 0.0, APART)
     return bias
 
 
