@@ -1,5 +1,7 @@
 """Layer normalisation: XLA's operations against Flax's, and the kernel for TPUs against those."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,10 @@ RNG = np.random.default_rng(0)
 EPSILON = 1e-5
 
 
-def with_gradients(function, cotangent, *arrays):
-    y, pull_back = jax.vjp(lambda *arrays: function(*arrays, EPSILON), *arrays)
-    return y, *pull_back(cotangent)
+def with_gradients(function, cotangent, *arrays, keep=False):
+    y, pull_back = jax.vjp(lambda *arrays: function(*arrays, EPSILON, keep), *arrays)
+    cotangent = (jnp.sin(cotangent), cotangent) if keep else cotangent
+    return *jax.tree.leaves(y), *pull_back(cotangent)
 
 
 def examples(*shape):
@@ -60,16 +63,16 @@ def test_layer_norm_is_that_of_flax(dtype):
         (2, 50, 128),  # Parts of which the last ends beyond the last row.
     ],
 )
-def test_kernel(shape, devices, interpreted, monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+def test_kernel(keep, shape, devices, interpreted, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 2048)
     arrays = examples(*shape)
     mesh = make_mesh(devices, 1)
     samples, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     placed = [jax.device_put(a, samples if a.ndim > 1 else whole) for a in arrays]
-    ours = jax.jit(on_mesh(mesh, lambda *a: with_gradients(module.normalize_in_kernel, *a)))(
-        *placed
-    )
-    for a, b in zip(ours, with_gradients(normalize, *arrays), strict=True):
+    results = functools.partial(with_gradients, keep=keep)
+    ours = jax.jit(on_mesh(mesh, functools.partial(results, module.normalize_in_kernel)))(*placed)
+    for a, b in zip(ours, results(normalize, *arrays), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -16,6 +16,7 @@ from flax import linen as nn
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.dense import Dense, SplitDense
 from refseg_jax.models.layers.layer_norm import LayerNorm
+from refseg_jax.models.layers.patches import PatchEmbedding
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.window_attention import Windows, window_attention
 
@@ -122,11 +123,11 @@ class SwinBlock(nn.Module):
         C = x.shape[-1]
         drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
 
-        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        x, y = LayerNorm(dtype=self.dtype, name="norm1")(x, keep=True)
         y = WindowAttention(self.heads, self.window, self.dtype, name="attention")(y, size, shift)
         x = x + drop_path(y)
 
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        x, y = LayerNorm(dtype=self.dtype, name="norm2")(x, keep=True)
         y = Dense(int(C * self.mlp_ratio), dtype=self.dtype, kernel_init=_INIT, name="fc1")(y)
         y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="fc2")(gelu(y))
         return x + drop_path(y)
@@ -164,10 +165,7 @@ class Swin(nn.Module):
         c = self.config
         block = nn.remat(SwinBlock, static_argnums=(2, 3, 4)) if c.remat else SwinBlock
         rates = iter(np.linspace(0, c.drop_path, sum(c.depths)).tolist())
-        patch = (c.patch_size, c.patch_size)
-        self.patch = nn.Conv(
-            c.embed_dim, patch, patch, padding="VALID", dtype=self.dtype, kernel_init=_INIT
-        )
+        self.patch = PatchEmbedding(c.embed_dim, c.patch_size, self.dtype, _INIT)
         self.patch_norm = LayerNorm(dtype=self.dtype)
         self.blocks = [
             [block(heads, c.window, c.mlp_ratio, next(rates), self.dtype) for _ in range(depth)]

@@ -20,38 +20,46 @@ class LayerNorm(nn.Module):
     Parameters `scale`, `bias` [C], as those of `nn.LayerNorm`. Computed in float32, and the
     variance of what is left without the mean: Flax's default, E[x²] - E[x]², cancels on the large
     activations of an encoder's late stages.
+
+    With `keep` it returns (x, y), for a residual: both gradients of x are one pass on a TPU then.
     """
 
     epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keep: bool = False) -> Any:
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
-        return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
+        return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon, keep)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, keep: bool = False
+) -> Any:
     """`x` [..., C] normalised over its last axis, times `scale` [C], plus `bias` [C].
 
-    In the dtype of `x`; computed in float32. On a TPU, bfloat16 rows that fill its registers go
-    through a kernel: XLA takes four times as long, and five for the gradients (docs/scale.md).
+    In the dtype of `x`; computed in float32. With `keep` it comes after `x` itself. On a TPU,
+    bfloat16 rows that fill its registers go through a kernel: XLA takes four times as long, and
+    five for the gradients (docs/scale.md).
     """
     if fits_kernel(x):
         return jax.lax.platform_dependent(
             *(x, scale, bias),
-            tpu=functools.partial(normalize_in_kernel, epsilon=epsilon),
-            default=functools.partial(normalize, epsilon=epsilon),
+            tpu=functools.partial(normalize_in_kernel, epsilon=epsilon, keep=keep),
+            default=functools.partial(normalize, epsilon=epsilon, keep=keep),
         )
-    return normalize(x, scale, bias, epsilon)
+    return normalize(x, scale, bias, epsilon, keep)
 
 
-def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+def normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, keep: bool = False
+) -> Any:
     """`layer_norm` in XLA's operations."""
     y, _ = _standard(x.astype(jnp.promote_types(x.dtype, jnp.float32)), epsilon)
-    return (y * scale + bias).astype(x.dtype)
+    y = (y * scale + bias).astype(x.dtype)
+    return (x, y) if keep else y
 
 
 def _standard(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
@@ -81,10 +89,10 @@ def fits_kernel(x: jax.Array) -> bool:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize_in_kernel(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> jax.Array:
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, keep: bool = False
+) -> Any:
     """`layer_norm` as a kernel for TPUs of arrays that `fits_kernel`."""
     samples, whole = kernel_places()
     run = jax.shard_map(
@@ -93,27 +101,30 @@ def normalize_in_kernel(
         out_specs=samples,
         check_vma=False,
     )
-    return run(x, scale, bias)
+    y = run(x, scale, bias)
+    return (x, y) if keep else y
 
 
-def _in_kernel_forward(x, scale, bias, epsilon):
-    return normalize_in_kernel(x, scale, bias, epsilon), (x, scale, bias)
+def _in_kernel_forward(x, scale, bias, epsilon, keep):
+    return normalize_in_kernel(x, scale, bias, epsilon, keep), (x, scale, bias)
 
 
-def _in_kernel_backward(epsilon, saved, cotangent):
+def _in_kernel_backward(epsilon, keep, saved, cotangents):
     x, scale, bias = saved
     samples, whole = kernel_places()
+    cotangents = cotangents[::-1] if keep else (cotangents,)
 
-    def run(x, cotangent, scale):
-        of_x, *sums = _run(functools.partial(_backward_kernel, epsilon), x, cotangent, scale)
+    def run(scale, x, *cotangents):
+        kernel = functools.partial(_backward_kernel, epsilon, keep)
+        of_x, *sums = _run(kernel, x, *cotangents, scale)
         return of_x, *(jax.lax.psum(s.sum((0, 1)), *samples) for s in sums)
 
     of_x, of_scale, of_bias = jax.shard_map(
         run,
-        in_specs=(samples, samples, whole),
+        in_specs=(whole, samples, *[samples] * len(cotangents)),
         out_specs=(samples, whole, whole),
         check_vma=False,
-    )(x, cotangent, scale)
+    )(scale, x, *cotangents)
     return of_x, of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
 
 
@@ -124,7 +135,8 @@ def _run(kernel: Callable, *operands: jax.Array) -> Any:
     """`kernel` for blocks of rows of some arrays [..., n, C], with vectors [C] for all.
 
     Whole sets of n rows where they are small, else equal parts of each. The backward kernel, of
-    which two are arrays, has sums of all rows of a block of sets besides, float32 [blocks, 1, C].
+    which two or three are arrays, has sums of all rows of a block of sets besides, float32
+    [blocks, 1, C].
     """
     shape, dtype = operands[0].shape, operands[0].dtype
     n, C = shape[-2:]
@@ -141,7 +153,7 @@ def _run(kernel: Callable, *operands: jax.Array) -> Any:
     block = pl.BlockSpec((together, rows, C), lambda i, j: (i, j, 0))
     vector = pl.BlockSpec((1, C), lambda i, j: (0, 0))
     total = pl.BlockSpec((1, 1, C), lambda i, j: (i, 0, 0))
-    backward = len(arrays) == 2
+    backward = len(arrays) > 1
     like_x = jax.ShapeDtypeStruct((sets, n, C), dtype)
     like_total = jax.ShapeDtypeStruct((sets // together, 1, C), jnp.float32)
     results = pl.pallas_call(
@@ -154,7 +166,7 @@ def _run(kernel: Callable, *operands: jax.Array) -> Any:
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=(16 if backward else 8) * like_x.size,
-            bytes_accessed=(3 if backward else 2) * like_x.size * dtype.itemsize,
+            bytes_accessed=(len(arrays) + 1) * like_x.size * dtype.itemsize,
             transcendentals=sets * n,
         ),
     )(*arrays, *vectors)
@@ -169,9 +181,9 @@ def _forward_kernel(epsilon: float, x, scale, bias, y):
     y[...] = (standard * scale[...] + bias[...]).astype(y.dtype)
 
 
-def _backward_kernel(
-    epsilon: float, x, cotangent, scale, of_x, of_scale, of_bias, end: int | None = None
-):
+def _backward_kernel(epsilon: float, keep: bool, x, cotangent, *refs, end: int | None = None):
+    *residual, scale, of_x, of_scale, of_bias = refs
+
     @pl.when(pl.program_id(1) == 0)
     def _():
         of_scale[...] = jnp.zeros_like(of_scale)
@@ -185,6 +197,9 @@ def _backward_kernel(
     of_standard = of_y * scale[...]
     along = (of_standard * standard).mean(-1, keepdims=True)
     mean = of_standard.mean(-1, keepdims=True)
-    of_x[...] = ((of_standard - mean - standard * along) * factor).astype(of_x.dtype)
+    total = (of_standard - mean - standard * along) * factor
+    if keep:
+        total += residual[0][...].astype(jnp.float32)
+    of_x[...] = total.astype(of_x.dtype)
     of_scale[0] += (of_y * standard).sum((0, 1), keepdims=True)[0]
     of_bias[0] += of_y.sum((0, 1), keepdims=True)[0]
