@@ -88,21 +88,23 @@ class WindowAttention(nn.Module):
     def _position_bias(self) -> jax.Array:
         """Bias of query cell (i, j) on key cell (p, q), float32 [heads, window², window²].
 
-        The table is indexed by (i - p, j - q). Products with one-hot constants, one per axis,
-        pick the same numbers as a gather would, and their gradient is not a scatter.
+        The table is indexed by (i - p, j - q). For one key and all queries it is a part of a longer
+        row, in which j changes fastest: keys of the next p begin one row of a window before. A
+        product with a one-hot constant picks j - q: its gradient is not a scatter.
         """
         win, span = self.window, 2 * self.window - 1
         table = self.param("bias_table", _INIT, (span * span, self.heads))
         cell = np.arange(win)
         pick = np.eye(span, dtype=np.float32)[cell[:, None] - cell + win - 1]
-        bias = jnp.einsum(
-            "ipr,jqs,rsn->nijpq",
-            pick,
+        rows = jnp.einsum(
+            "jqs,rsn->nqrj",
             pick,
             table.reshape(span, span, self.heads),
             precision=jax.lax.Precision.HIGHEST,
-        )
-        return bias.reshape(self.heads, win * win, win * win)
+        ).reshape(self.heads, win, span * win)
+        starts = [(win - 1 - p) * win for p in range(win)]
+        bias = jnp.stack([rows[:, :, start : start + win * win] for start in starts], 1)
+        return bias.reshape(self.heads, win * win, win * win).mT
 
 
 class SwinBlock(nn.Module):

@@ -333,22 +333,6 @@ def _in_kernel_backward(windows, saved, cotangent):
 _attend_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 
 
-def _in_lanes(x: jax.Array) -> jax.Array:
-    """[...,heads,n] -> [...,heads · n], queries as they lie in lanes."""
-    parts = jnp.split(x, [_in_full_registers(x.shape[-1])], -1)
-    return jnp.concatenate([part.reshape(*x.shape[:-2], -1) for part in parts], -1)
-
-
-def _out_of_lanes(x: jax.Array, heads: int) -> jax.Array:
-    """The reverse of `_in_lanes`."""
-    parts = jnp.split(x, [heads * _in_full_registers(x.shape[-1] // heads)], -1)
-    return jnp.concatenate([part.reshape(*x.shape[:-1], heads, -1) for part in parts], -1)
-
-
-def _in_full_registers(n: int) -> int:
-    return n // LANES * LANES
-
-
 def _divided(
     backward: bool,
     windows: Windows,
@@ -357,9 +341,6 @@ def _divided(
     bias: jax.Array,
 ) -> Any:
     """Runs the kernel where the samples are: XLA cannot divide it among devices by itself."""
-    groups, (all_heads, n, _) = arrays[0].shape[-1] // LANES, bias.shape
-    heads = all_heads // groups
-    bias = _in_lanes(bias.reshape(groups, heads, n, n).transpose(0, 3, 1, 2))
     samples, whole = kernel_places()
 
     def run(padding, bias, *arrays):
@@ -374,11 +355,10 @@ def _divided(
         in_specs=(whole, whole, *[samples] * len(arrays)),
         out_specs=(samples, samples, samples, whole, whole) if backward else samples,
         check_vma=False,
-    )(padding, bias, *arrays)
+    )(padding, bias.mT, *arrays)
     if backward:
         *results, of_padding, of_bias = results
-        of_bias = _out_of_lanes(of_bias, heads).transpose(0, 2, 3, 1).reshape(all_heads, n, n)
-        results = *results, of_padding.astype(padding.dtype), of_bias
+        results = *results, of_padding.astype(padding.dtype), of_bias.mT
     return results
 
 
@@ -432,8 +412,9 @@ def _run(
     def strip(which: Callable) -> pl.BlockSpec:
         return pl.BlockSpec((1, side * w, LANES), lambda g, b, i: (b, which(i), g))
 
-    # The same block for all strips: it is read once, or added up to.
-    of_group = pl.BlockSpec((1, *bias.shape[1:]), lambda g, b, i: (g, 0, 0))
+    # The same block for all strips: it is read and written once.
+    heads = len(bias) * LANES // C
+    of_group = pl.BlockSpec((heads, n, n), lambda g, b, i: (g, 0, 0))
     of_padding = pl.BlockSpec((2, side, LANES), lambda g, b, i: (0, 0, g))
     cells = ("q", "k", "v", "of_y")[: len(arrays)]
     inputs = {name: (x, strip(steps.read)) for name, x in zip(cells, arrays, strict=True)}
@@ -443,11 +424,10 @@ def _run(
         inputs["padding"] = rows, of_padding
     if windows.shift:
         # A window is cut or not, downwards and across.
-        regions = jnp.asarray(_regions_of_kinds(windows))
-        heads = bias.shape[-1] // n
-        of_queries = jnp.broadcast_to(regions[:, None, None], (4, 1, heads, n))
-        for name, x in ("keys", regions[:, :, None]), ("queries", _in_lanes(of_queries)):
-            inputs[name] = x, pl.BlockSpec(x.shape, lambda g, b, i: (0, 0, 0))
+        regions = _regions_of_kinds(windows)
+        queries = np.concatenate([regions[:, None, part] for _, part, _ in _lanes(n, heads)], -1)
+        for name, x in ("keys", regions[:, :, None]), ("queries", queries):
+            inputs[name] = jnp.asarray(x), pl.BlockSpec(x.shape, lambda g, b, i: (0, 0, 0))
     if windows.padded and backward:
         outside = windows.cells().reshape(windows.rows, windows.columns, 1, n) < 0
         outside = jnp.broadcast_to(jnp.asarray(outside, dtype), (*outside.shape[:2], 8, n))
@@ -468,6 +448,8 @@ def _run(
     of_rows = jnp.int32 if packed > 1 else dtype
     in_windows = pltpu.VMEM((windows.columns, n // packed, LANES), of_rows)
     scratch = {f"{name}_cells": in_windows for name in cells}
+    for name in ("bias", "of_bias") if backward else ("bias",):
+        scratch[f"{name}_lanes"] = pltpu.VMEM((n, heads * n), jnp.float32)
     if windows.shift:
         upper = (side - windows.shift) * side // packed
         upper = pltpu.VMEM((windows.columns, upper, LANES), of_rows)
@@ -495,6 +477,22 @@ def _run(
     results = dict(zip(outputs, results, strict=True))
     of_padding = results["of_padding"][:, 0] if windows.padded else jnp.zeros(padding.shape)
     return *(results[name] for name in names), of_padding, results["of_bias"]
+
+
+def _in_full_registers(n: int) -> int:
+    return n // LANES * LANES
+
+
+def _lanes(n: int, heads: int) -> list[tuple[int, slice, slice]]:
+    """(a head, some of its queries, the lanes where they lie), in the order of the lanes."""
+    full = _in_full_registers(n)
+    places, start = [], 0
+    for queries in slice(0, full), slice(full, n):
+        count = queries.stop - queries.start
+        for head in range(heads if count else 0):
+            places.append((head, queries, slice(start, start + count)))
+            start += count
+    return places
 
 
 def _regions_of_kinds(windows: Windows) -> np.ndarray:
@@ -532,7 +530,9 @@ def _kernel(windows: Windows, dtype: jnp.dtype, names: tuple[str, ...], *refs: A
     @pl.when((pl.program_id(1) == 0) & (step == 0))
     def _():
         pad(names)
-        for name in {"of_bias", "of_padding"} & set(vars(refs)):
+        for head, queries, lanes in _lanes(*refs.bias.shape[1::-1]):
+            refs.bias_lanes[:, lanes] = refs.bias[head, :, queries]
+        for name in {"of_bias_lanes", "of_padding"} & set(vars(refs)):
             ref = getattr(refs, name)
             ref[...] = jnp.zeros_like(ref)
 
@@ -575,7 +575,7 @@ def _kernel(windows: Windows, dtype: jnp.dtype, names: tuple[str, ...], *refs: A
         if backward:
             pad("kv")  # There are gradients now.
         strip = steps.computed(step)
-        most = MOST_LOGITS // (refs.bias.shape[1] * refs.bias.shape[2])
+        most = MOST_LOGITS // refs.bias.size
         together = max(
             n for n in range(1, TOGETHER + 1) if windows.columns % n == 0 and n <= max(most, 1)
         )
@@ -593,34 +593,41 @@ def _kernel(windows: Windows, dtype: jnp.dtype, names: tuple[str, ...], *refs: A
         read(0, side, 0)
         compute()
         write(0, side, 0)
-        return
+    else:
 
-    @pl.when(step >= 2)
-    def _():
-        write(0, shift, side - shift)
+        @pl.when(step >= 2)
+        def _():
+            write(0, shift, side - shift)
 
-    @pl.when((step >= 1) & (step <= rows))
-    def _():
-        read(0, shift, side - shift)
-        compute()
+        @pl.when((step >= 1) & (step <= rows))
+        def _():
+            read(0, shift, side - shift)
+            compute()
 
-    @pl.when(step == 1)
-    def _():
-        for result, name in results.items():
-            first, cells = getattr(refs, f"{result}_first"), getattr(refs, f"{name}_cells")
-            first[...] = cells[:, : first.shape[1]]
+        @pl.when(step == 1)
+        def _():
+            for result, name in results.items():
+                first, cells = getattr(refs, f"{result}_first"), getattr(refs, f"{name}_cells")
+                first[...] = cells[:, : first.shape[1]]
 
-    @pl.when((step >= 2) & (step <= rows))
-    def _():
-        write(shift, side, 0)
+        @pl.when((step >= 2) & (step <= rows))
+        def _():
+            write(shift, side, 0)
 
-    @pl.when(step == rows + 1)
-    def _():
-        write(shift, side, 0, "{}_first")
+        @pl.when(step == rows + 1)
+        def _():
+            write(shift, side, 0, "{}_first")
 
-    @pl.when(step <= rows)
-    def _():
-        read(shift, side, 0)
+        @pl.when(step <= rows)
+        def _():
+            read(shift, side, 0)
+
+    if backward:
+
+        @pl.when((pl.program_id(1) == pl.num_programs(1) - 1) & (step == len(steps) - 1))
+        def _():
+            for head, queries, lanes in _lanes(*refs.bias.shape[1::-1]):
+                refs.of_bias[head, :, queries] = refs.of_bias_lanes[:, lanes]
 
 
 def _rows(ref: Any) -> Any:
@@ -645,7 +652,7 @@ def _runs(windows: Windows) -> Iterator[tuple[int, int, int | None, int]]:
 
 
 def _forward(windows, dtype, refs, strip, columns):
-    heads = refs.bias.shape[2] // refs.bias.shape[1]
+    heads = len(refs.bias)
     results = []
     for column in columns:
         q, k, v = (
@@ -661,7 +668,7 @@ def _forward(windows, dtype, refs, strip, columns):
 
 
 def _backward(windows, dtype, refs, strip, columns):
-    heads = refs.bias.shape[2] // refs.bias.shape[1]
+    heads = len(refs.bias)
     results = []
     of_bias = of_padding = 0
     for column in columns:
@@ -682,7 +689,7 @@ def _backward(windows, dtype, refs, strip, columns):
             outside = refs.outside[0, column]
             of_padding += jnp.stack([_product(outside, x, 1, 0) for x in (of_k, of_v)])
         results.append([pltpu.bitcast(x, refs.q_cells.dtype) for x in (of_q, of_k, of_v)])
-    refs.of_bias[0] += of_bias
+    refs.of_bias_lanes[...] += of_bias
     if windows.padded:
         refs.of_padding[...] += of_padding
     for column, (of_q, of_k, of_v) in zip(columns, results, strict=True):
@@ -693,7 +700,7 @@ def _backward(windows, dtype, refs, strip, columns):
 
 def _bias(windows, refs, strip, column) -> jax.Array:
     """What is added to the logits, float32 [n, heads · n]."""
-    bias = refs.bias[0]
+    bias = refs.bias_lanes[...]
     if windows.shift:
         down, across = strip == windows.rows - 1, column == windows.columns - 1
         kind = 2 * jnp.int32(down) + jnp.int32(across)
@@ -718,7 +725,7 @@ def _one_by_one(x: jax.Array, heads: int) -> jax.Array:
     """[n, 128] -> [heads · n, 128]: a copy for each head in which all others' lanes are 0.
 
     A product with them is one of full registers, and reads the other matrix once for all heads.
-    Rows are in the order of `_in_lanes`.
+    Rows are in the order of `_lanes`.
     """
     # Two rows of bfloat16 as one of integers: vector units of before v6e know no bfloat16.
     bits = pltpu.bitcast(x, jnp.int32)
