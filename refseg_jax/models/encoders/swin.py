@@ -16,6 +16,7 @@ from flax import linen as nn
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.dense import Dense, SplitDense
 from refseg_jax.models.layers.layer_norm import LayerNorm
+from refseg_jax.models.layers.merge_norm import MergeNorm
 from refseg_jax.models.layers.patches import PatchEmbedding
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.window_attention import Windows, window_attention
@@ -142,11 +143,9 @@ class PatchMerging(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        C = x.shape[-1]
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
-        B, h, w, C = x.shape
-        # Published weights order the four neighbours column by column.
-        x = x.reshape(B, h // 2, 2, w // 2, 2, C).transpose(0, 1, 3, 4, 2, 5)
-        x = LayerNorm(dtype=self.dtype, name="norm")(x.reshape(B, h // 2, w // 2, 4 * C))
+        x = MergeNorm(dtype=self.dtype, name="norm")(x)
         reduction = Dense(
             2 * C, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="reduction"
         )

@@ -57,16 +57,22 @@ def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, keep: bool = False
 ) -> Any:
     """`layer_norm` in XLA's operations."""
-    y, _ = _standard(x.astype(jnp.promote_types(x.dtype, jnp.float32)), epsilon)
+    y, _ = standardize(x.astype(jnp.promote_types(x.dtype, jnp.float32)), epsilon)
     y = (y * scale + bias).astype(x.dtype)
     return (x, y) if keep else y
 
 
-def _standard(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+def standardize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Rows [..., C] with mean 0 and variance 1, and 1 / the deviation that they had."""
     x -= x.mean(-1, keepdims=True)
     factor = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
     return x * factor, factor
+
+
+def gradient(standard: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """That of the rows, of what `standardize` returns and the first of those's cotangent."""
+    along = (cotangent * standard).mean(-1, keepdims=True)
+    return (cotangent - cotangent.mean(-1, keepdims=True) - standard * along) * factor
 
 
 # The kernel. It takes so many numbers at a time: few enough to compile soon, and enough that the
@@ -177,7 +183,7 @@ def _run(kernel: Callable, *operands: jax.Array) -> Any:
 
 
 def _forward_kernel(epsilon: float, x, scale, bias, y):
-    standard, _ = _standard(x[...].astype(jnp.float32), epsilon)
+    standard, _ = standardize(x[...].astype(jnp.float32), epsilon)
     y[...] = (standard * scale[...] + bias[...]).astype(y.dtype)
 
 
@@ -189,15 +195,12 @@ def _backward_kernel(epsilon: float, keep: bool, x, cotangent, *refs, end: int |
         of_scale[...] = jnp.zeros_like(of_scale)
         of_bias[...] = jnp.zeros_like(of_bias)
 
-    standard, factor = _standard(x[...].astype(jnp.float32), epsilon)
+    standard, factor = standardize(x[...].astype(jnp.float32), epsilon)
     of_y = cotangent[...].astype(jnp.float32)
     if end is not None:  # Beyond the last row there is anything, which must not be added up.
         row = jax.lax.broadcasted_iota(jnp.int32, of_y.shape, 1) + pl.program_id(1) * len(x[0])
         standard, of_y = (jnp.where(row < end, a, 0.0) for a in (standard, of_y))
-    of_standard = of_y * scale[...]
-    along = (of_standard * standard).mean(-1, keepdims=True)
-    mean = of_standard.mean(-1, keepdims=True)
-    total = (of_standard - mean - standard * along) * factor
+    total = gradient(standard, factor, of_y * scale[...])
     if keep:
         total += residual[0][...].astype(jnp.float32)
     of_x[...] = total.astype(of_x.dtype)
