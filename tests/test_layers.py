@@ -13,7 +13,7 @@ from refseg_jax.models.layers.deformable import (
     pixel_centres,
 )
 from refseg_jax.models.layers.mlp import MLP
-from refseg_jax.models.layers.norms import moments_at_once
+from refseg_jax.models.layers.norms import instance_norm, moments_at_once
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 from refseg_jax.models.layers.transformer import DecoderLayer
@@ -334,3 +334,14 @@ def test_moments_in_one_pass_are_those_of_two(axes, guess, tolerance):
     twice = results(lambda x: (x.mean(axes), x.var(axes)))
     for ours, exact in zip(once, twice, strict=True):
         assert np.abs(ours - exact).max() <= tolerance * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_instance_norm_far_from_zero(dtype, like_a_tpu):
+    x = jnp.asarray(normal(2, 500, 3) * [1, 0.1, 4] + [10, -1, 50], dtype)
+    like_a_tpu()
+    y = np.float64(instance_norm(x))
+    exact = np.float64(x)
+    exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
+    tolerance = 1e-4 if dtype == jnp.float32 else 1e-2  # What it returns has 8 bits.
+    np.testing.assert_allclose(y, exact, rtol=tolerance, atol=tolerance)

@@ -128,7 +128,8 @@ import pathlib, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from benchmarks import tpu_compile, tpu_kernels
-from refseg_jax.models.layers.window_attention import Windows, attend_in_kernel
+from refseg_jax.models.layers.window_kernel import attend_in_kernel
+from refseg_jax.models.layers.windows import Windows
 from refseg_jax.sharding import on_mesh
 
 dump = pathlib.Path(sys.argv[1])

@@ -7,12 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.encoders.swin import WindowAttention
-from refseg_jax.models.layers.window_attention import (
-    Windows,
-    attend_in_kernel,
-    attend_in_windows,
-    fits_kernel,
-)
+from refseg_jax.models.layers.window_attention import attend_in_windows
+from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
+from refseg_jax.models.layers.windows import Windows
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
 
 RNG = np.random.default_rng(0)
@@ -31,22 +28,27 @@ def results(attention, windows, mesh, arrays):
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "heads", "devices"),
+    ("size", "side", "shift", "heads", "devices"),
     [
-        ((8, 8), 4, 2, 1),  # Whole windows, of a part of a register's lanes; 128 channels a head.
-        ((10, 14), 4, 8, 2),  # Padded on both sides.
-        ((13, 12), 4, 8, 1),  # Padded below; a strip that is all padding but for its first row.
-        ((5, 7), 4, 8, 1),  # An odd number of cells in a row.
-        ((3, 2), 4, 8, 1),  # Smaller than a window.
-        ((12, 24), 12, 8, 2),  # More cells than lanes.
-        ((15, 50), 12, 8, 1),
-        ((16, 16), 16, 4, 1),  # Two registers of cells.
-        ((4, 28), 4, 8, 1),  # Seven windows in a row: one at a time.
+        (
+            (8, 8),
+            4,
+            0,
+            2,
+            1,
+        ),  # Whole windows, of a part of a register's lanes; 128 channels a head.
+        ((8, 8), 4, 2, 2, 1),
+        ((10, 14), 4, 0, 8, 1),  # Padded on both sides.
+        ((10, 14), 4, 2, 8, 2),
+        ((5, 7), 4, 2, 8, 1),  # An odd number of cells in a row; a strip with one row of the map.
+        ((3, 2), 4, 2, 8, 1),  # Smaller than a window.
+        ((4, 28), 4, 0, 8, 1),  # Seven windows in a row: one at a time.
+        ((13, 26), 12, 6, 8, 1),  # More cells than lanes.
+        ((8, 16), 16, 0, 4, 1),  # Two registers of cells.
     ],
 )
-@pytest.mark.parametrize("shifted", [False, True], ids=["whole", "shifted"])
-def test_kernel(size, side, heads, devices, shifted, interpreted):
-    windows = Windows(size, side, side // 2 if shifted else 0)
+def test_kernel(size, side, shift, heads, devices, interpreted):
+    windows = Windows(size, side, shift)
     B, n, C = 2, size[0] * size[1], 256
     q, k, v, cotangent = RNG.normal(size=(4, B, n, C)).astype(np.float32)
     padding = RNG.normal(size=(2, C)).astype(np.float32)

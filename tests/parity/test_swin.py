@@ -11,7 +11,7 @@ import transformers
 from flax import linen as nn
 
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
-from refseg_jax.models.layers.window_attention import Windows, gather_windows
+from refseg_jax.models.layers.windows import Windows, gather_windows
 from refseg_jax.weights.hf import swin_from_hf
 from tests.parity.hf_models import arrays, random_params, redraw, relative_error
 
@@ -120,7 +120,7 @@ def test_stage_by_stage_is_the_whole():
 
 @pytest.mark.parametrize("whole_map", [1024, 0], ids=["whole", "strips"])
 def test_a_tpu_moves_cells_by_products(whole_map, like_a_tpu, monkeypatch):
-    monkeypatch.setattr("refseg_jax.models.layers.window_attention._WHOLE_MAP", whole_map)
+    monkeypatch.setattr("refseg_jax.models.layers.windows._WHOLE_MAP", whole_map)
     config = dataclasses.replace(TINY, depths=(2, 2), window=4)
     image = _image(28, 44)
     params = random_params(Swin(config), image)

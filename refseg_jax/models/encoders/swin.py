@@ -19,7 +19,8 @@ from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.merge_norm import MergeNorm
 from refseg_jax.models.layers.patches import PatchEmbedding
 from refseg_jax.models.layers.positions import sine_positions
-from refseg_jax.models.layers.window_attention import Windows, window_attention
+from refseg_jax.models.layers.window_attention import window_attention
+from refseg_jax.models.layers.windows import Windows
 
 _INIT = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -149,7 +150,9 @@ class PatchMerging(nn.Module):
         reduction = Dense(
             2 * C, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="reduction"
         )
-        return reduction(x)
+        B, h, w, _ = x.shape
+        # Pixels in one axis, as the blocks have them: else a TPU's compiler moves them about.
+        return reduction(x.reshape(B, h * w, 4 * C)).reshape(B, h, w, 2 * C)
 
 
 class Swin(nn.Module):
