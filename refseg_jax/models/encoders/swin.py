@@ -80,11 +80,9 @@ class WindowAttention(nn.Module):
         C = x.shape[-1]
         windows = Windows(size, self.window, shift)
         qkv = SplitDense(3, C, self.dtype, _INIT, name="qkv")
-        q, k, v = qkv(x)
-        # What the layer makes of the zeros around the map.
-        padding = jnp.concatenate(qkv(jnp.zeros((1, C)))[1:])
+        (q, k, v), (_, *around) = qkv(x, of_zeros=True)
         q *= (C // self.heads) ** -0.5
-        y = window_attention(q, k, v, padding, self._position_bias(), windows)
+        y = window_attention(q, k, v, jnp.stack(around), self._position_bias(), windows)
         return Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
 
     def _position_bias(self) -> jax.Array:

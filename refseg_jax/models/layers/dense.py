@@ -1,6 +1,7 @@
 """Linear layers, with what TPUs need to compute them and their gradients fast."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ class Dense(nn.Dense):
 class SplitDense(nn.Module):
     """`parts` dense layers of `features` whose parameters lie side by side in one `kernel`.
 
-    `__call__(x [..., C]) -> parts x [..., features]`. On a TPU each is a product of its own, as
-    splitting one result copies it; elsewhere the one product is faster.
+    `__call__(x [..., C]) -> parts x [..., features]`, and with `of_zeros` besides what they make of
+    zeros, parts x [features]. On a TPU each is a product of its own, as splitting one result copies
+    it; elsewhere the one product is faster.
     """
 
     parts: int
@@ -35,12 +37,12 @@ class SplitDense(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
+    def __call__(self, x: jax.Array, of_zeros: bool = False) -> Any:
         width = self.parts * self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], width)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (width,))
         split = functools.partial(jnp.split, indices_or_sections=self.parts, axis=-1)
-        return jax.lax.platform_dependent(
+        y = jax.lax.platform_dependent(
             x.astype(self.dtype),
             kernel,
             bias,
@@ -49,6 +51,7 @@ class SplitDense(nn.Module):
             ],
             default=lambda x, k, b: split(add_bias(x @ k, b)),
         )
+        return (y, split(bias.astype(self.dtype))) if of_zeros else y
 
 
 @jax.custom_vjp

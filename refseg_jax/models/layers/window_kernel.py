@@ -19,15 +19,16 @@ from refseg_jax.sharding import kernel_places
 # What is added to the logits of cells that are no neighbours on the map.
 APART = -100.0
 
-# map as high as a window, whose cells it moves into windows by itself: XLA would take longer for
-# it, and compute queries, keys and values of the cells around the map as well.
+# It takes as many heads at a time as fill the lanes of a register, and a strip of the map as high
+# as a window, whose cells it moves into windows by itself: XLA would take longer for it, and
+# compute queries, keys and values of the cells around the map as well.
 # Logits have a row for each key and a lane for each query of each head: a sum over keys adds up
 # registers, where a sum over lanes would move them, and the queries of all heads fill the lanes
 # better than the keys of a window. Each head's queries begin at a register; what remains of them
 # beyond full registers comes after those of all heads.
 LANES = 128
-MEMORY = 14 << 20  # Bytes that a step may take, of the 16 MiB of a v4.
-MOST_LOGITS = 1 << 19  # At a time: their like in the backward pass takes most of that.
+MEMORY = 16 << 20  # Bytes, of a v4.
+MOST_LOGITS = 1 << 19  # At a time.
 TOGETHER = 5  # Windows: while one waits for its products, another computes.
 
 
@@ -39,15 +40,26 @@ def fits_kernel(q: jax.Array, heads: int, windows: Windows) -> bool:
     (`sharding.on_mesh`) nothing is known of the devices.
     """
     B, _, C = q.shape
-    side, n = windows.side, windows.side**2
     mesh = jax.sharding.get_abstract_mesh()
     return (
-        (q.dtype == jnp.bfloat16 and side % 4 == 0 and windows.shift % 2 == 0)
+        (q.dtype == jnp.bfloat16 and windows.side % 4 == 0 and windows.shift % 2 == 0)
         and (C % LANES == 0 and LANES % (C // heads) == 0)
-        and LANES * heads // C * n * n <= MOST_LOGITS
-        and 14 * windows.columns * n * LANES * q.dtype.itemsize <= MEMORY
+        and _memory(windows, LANES * heads // C) <= MEMORY
         and (not mesh.empty and B % mesh.size == 0)
     )
+
+
+def _memory(windows: Windows, heads: int) -> int:
+    """Bytes that the backward pass takes at most, with so many heads at a time.
+
+    Counted from what the compiler says of maps that are too wide: 18 to 19 strips, biases and their
+    gradients, two of each and once more as logits lie, and what does not fit the registers.
+    """
+    n = windows.side**2
+    strip = windows.columns * n * LANES * 2
+    whole = heads * n * (n + -n % LANES) * 4
+    logits = heads * n * n * 4
+    return 20 * strip + 4 * whole + 7 * logits
 
 
 def attend_in_kernel(
