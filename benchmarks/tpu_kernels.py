@@ -57,7 +57,7 @@ def kernels_of(jaxpr: Jaxpr) -> list[tuple[JaxprEqn, int]]:
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "pallas_call":
                 shapes = [str(v.aval) for v in (*eqn.invars, *eqn.outvars)]
-                key = f"{eqn.params['name']} {shapes}"
+                key = f"{eqn.params['name']} {shapes} {eqn.params['jaxpr']}"
                 kernels[key] = eqn
                 times[key] += many
                 continue
@@ -131,10 +131,17 @@ def straighten(jaxpr: Jaxpr, step: dict[int, int], loop: int | None = None) -> S
     return Straight(straight, tuple(choices), tuple(lengths))
 
 
+def _asked(jaxpr: Jaxpr) -> set[int]:
+    """The axes of its grid that a kernel asks for."""
+    axes = {e.params["axis"] for e in jaxpr.eqns if e.primitive.name == "program_id"}
+    inner = [x for e in jaxpr.eqns for x in jaxprs_in_params(e.params)]
+    return axes.union(*map(_asked, inner))
+
+
 def cycles_of(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
     """Of all steps of a kernel's grid, by the instructions that libtpu writes down in `dump`."""
     jaxpr, grid = eqn.params["jaxpr"], eqn.params["grid_mapping"].grid
-    asked = sorted({e.params["axis"] for e in jaxpr.eqns if e.primitive.name == "program_id"})
+    asked = sorted(_asked(jaxpr))
     steps = [
         dict(zip(asked, at, strict=True))
         for at in itertools.product(*(range(grid[i]) for i in asked))

@@ -60,6 +60,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def divides_samples(samples: int, by: int = 1) -> bool:
+    """Whether every device of the mesh in use has as many of an array's samples, by the `by`.
+
+    Without a mesh (`on_mesh`) nothing is known of the devices: False.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and samples % (mesh.size * by) == 0
+
+
 def kernel_places() -> tuple[PartitionSpec, PartitionSpec]:
     """(of samples, of what all have in common) on the mesh in use, for a kernel's `shard_map`.
 

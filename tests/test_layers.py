@@ -339,9 +339,21 @@ def test_moments_in_one_pass_are_those_of_two(axes, guess, tolerance):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_instance_norm_far_from_zero(dtype, like_a_tpu):
     x = jnp.asarray(normal(2, 500, 3) * [1, 0.1, 4] + [10, -1, 50], dtype)
+    cotangent = jnp.asarray(normal(*x.shape), dtype)
+
+    def plain(x):
+        d = x - x.mean(1, keepdims=True)
+        return d / jnp.sqrt((d * d).mean(1, keepdims=True) + 1e-5)
+
+    def results(function, x, cotangent):
+        y, pull_back = jax.vjp(function, x)
+        return y, *pull_back(cotangent)
+
+    exact = results(plain, *(jnp.float32(a) for a in (x, cotangent)))
     like_a_tpu()
-    y = np.float64(instance_norm(x))
-    exact = np.float64(x)
-    exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
-    tolerance = 1e-4 if dtype == jnp.float32 else 1e-2  # What it returns has 8 bits.
-    np.testing.assert_allclose(y, exact, rtol=tolerance, atol=tolerance)
+    # bfloat16 results have 8 bits.
+    tolerance = 1e-4 if dtype == jnp.float32 else 1e-2
+    for ours, theirs in zip(results(instance_norm, x, cotangent), exact, strict=True):
+        assert ours.dtype == dtype
+        limit = tolerance * np.abs(theirs).max()
+        np.testing.assert_allclose(np.float32(ours), theirs, rtol=tolerance, atol=limit)

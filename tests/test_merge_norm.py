@@ -22,7 +22,7 @@ def with_gradients(function, cotangent, *arrays):
     [
         (2, 4, 8, 128),  # All in one block.
         (2, 16, 8, 128),  # Blocks of two pairs of rows.
-        (2, 20, 12, 128),  # Of four; the last is of one.
+        (2, 20, 12, 128),  # Of four; the last is of two.
         (2, 10, 30, 128),  # An odd number of merged cells in a row.
     ],
 )

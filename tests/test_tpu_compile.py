@@ -128,7 +128,7 @@ import pathlib, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from benchmarks import tpu_compile, tpu_kernels
-from refseg_jax.models.layers.window_kernel import attend_in_kernel
+from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
 from refseg_jax.models.layers.windows import Windows
 from refseg_jax.sharding import on_mesh
 
@@ -164,6 +164,23 @@ for often in 10, 1000:
     )
     ((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(jnp.zeros((32, 640))).jaxpr)
     print(tpu_kernels.cycles_of(kernel, chip, dump))
+
+# Both passes of the widest map that is said to fit.
+for columns in range(100, 0, -1):
+    windows = Windows((24, 12 * columns), 12, 6)
+    q = jax.ShapeDtypeStruct((4, 24 * 12 * columns, 128), jnp.bfloat16)
+    if on_mesh(mesh, lambda: fits_kernel(q, 4, windows))():
+        break
+
+def both(x, padding, bias):
+    y, pull_back = jax.vjp(lambda *a: attend_in_kernel(a[0], *a, windows), x, x, padding, bias)
+    return pull_back(y)
+
+arrays = q, jnp.zeros((2, 128)), jnp.zeros((4, 144, 144))
+kernels = tpu_kernels.kernels_of(jax.make_jaxpr(on_mesh(mesh, both))(*arrays).jaxpr)
+for kernel, _ in kernels:
+    tpu_kernels.bundles(kernel, kernel.params["jaxpr"], chip, dump)
+print(columns, len(kernels))
 """
 
 
@@ -171,7 +188,8 @@ def test_instructions_of_kernels(tmp_path):
     command = [sys.executable, "-c", KERNELS, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stderr
-    kernel, few, many = result.stdout.splitlines()
+    kernel, few, many, widest = result.stdout.splitlines()
+    assert widest == "16 2"
     times, groups, samples, strips, cycles = map(int, kernel.split())
     assert (times, groups, samples, strips) == (3, 2, 2, 2)  # Of 256 channels and two samples.
     assert 100 < cycles / (groups * samples * strips) < 2000

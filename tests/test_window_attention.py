@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.encoders.swin import WindowAttention
+from refseg_jax.models.layers import window_kernel
 from refseg_jax.models.layers.window_attention import attend_in_windows
 from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
 from refseg_jax.models.layers.windows import Windows
@@ -30,19 +32,15 @@ def results(attention, windows, mesh, arrays):
 @pytest.mark.parametrize(
     ("size", "side", "shift", "heads", "devices"),
     [
-        (
-            (8, 8),
-            4,
-            0,
-            2,
-            1,
-        ),  # Whole windows, of a part of a register's lanes; 128 channels a head.
+        # Whole windows, of a part of a register's lanes; 128 channels a head.
+        ((8, 8), 4, 0, 2, 1),
         ((8, 8), 4, 2, 2, 1),
         ((10, 14), 4, 0, 8, 1),  # Padded on both sides.
         ((10, 14), 4, 2, 8, 2),
         ((5, 7), 4, 2, 8, 1),  # An odd number of cells in a row; a strip with one row of the map.
         ((3, 2), 4, 2, 8, 1),  # Smaller than a window.
         ((4, 28), 4, 0, 8, 1),  # Seven windows in a row: one at a time.
+        ((5, 26), 4, 2, 8, 1),
         ((13, 26), 12, 6, 8, 1),  # More cells than lanes.
         ((8, 16), 16, 0, 4, 1),  # Two registers of cells.
     ],
@@ -59,6 +57,37 @@ def test_kernel(size, side, shift, heads, devices, interpreted):
     theirs = results(attend_in_windows, windows, mesh, arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Rows:
+    """What the kernel has of an array of bfloat16: rows of registers. Interpreted, it cannot write
+    to them."""
+
+    def __init__(self, ref):
+        self.ref = ref
+
+    def __getitem__(self, at):
+        return self.ref.bitcast(jnp.int32)[at]
+
+    def __setitem__(self, at, rows):
+        (_, place), whole = at, pltpu.bitcast(self.ref[0], jnp.int32)
+        self.ref[0] = pltpu.bitcast(whole.at[place].set(rows), self.ref.dtype)
+
+
+@pytest.mark.parametrize("w", [10, 7])
+def test_two_cells_of_bfloat16_share_a_row(w, interpreted, monkeypatch):
+    monkeypatch.setattr(window_kernel, "_as_rows", Rows)
+    windows = Windows((6, w), 4, 2)
+    q, k, v, cotangent = RNG.normal(size=(4, 2, 6 * w, 128))
+    padding, bias = RNG.normal(size=(2, 128)), RNG.normal(size=(4, 16, 16))
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in (cotangent, q / 8, k, v, padding)]
+    arrays.append(jnp.asarray(bias, jnp.float32))
+    mesh = make_mesh(1, 1)
+    ours = results(attend_in_kernel, windows, mesh, arrays)
+    exact = results(attend_in_windows, windows, mesh, [x.astype(jnp.float32) for x in arrays])
+    for a, b in zip(ours, exact, strict=True):
+        # Weights and results have 8 bits.
+        np.testing.assert_allclose(np.float32(a), b, atol=2e-2 * np.abs(b).max())
 
 
 @pytest.mark.parametrize(

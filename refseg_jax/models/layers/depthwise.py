@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.dense import add_bias
-from refseg_jax.sharding import kernel_places
+from refseg_jax.sharding import divides_samples, kernel_places
 
 
 class DepthwiseConv(nn.Module):
@@ -109,15 +109,13 @@ ROWS, COLUMNS = 4, 18  # What is unrolled of it at a time.
 def fits_kernel(x: jax.Array) -> bool:
     """Whether `convolve_in_kernel` takes arrays like `x` [B,h,w,C].
 
-    They fill registers, small enough maps, and every device of the mesh in use has samples by the
-    eight; without a mesh (`sharding.on_mesh`) nothing is known of the devices.
+    They fill registers, small enough maps, and every device has samples by the eight.
     """
     B, h, w, C = x.shape
-    mesh = jax.sharding.get_abstract_mesh()
     return (
         (x.dtype == jnp.bfloat16 and C % LANES == 0)
         and (h * w * SAMPLES * LANES * x.dtype.itemsize <= BLOCK)
-        and (not mesh.empty and B % (mesh.size * SAMPLES) == 0)
+        and divides_samples(B, SAMPLES)
     )
 
 

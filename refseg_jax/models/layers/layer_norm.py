@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refseg_jax.sharding import kernel_places
+from refseg_jax.sharding import divides_samples, kernel_places
 
 
 class LayerNorm(nn.Module):
@@ -21,7 +21,8 @@ class LayerNorm(nn.Module):
     variance of what is left without the mean: Flax's default, E[x²] - E[x]², cancels on the large
     activations of an encoder's late stages.
 
-    With `keep` it returns (x, y), for a residual: both gradients of x are one pass on a TPU then.
+    With `keep` it returns (x, y), both in `dtype`, for a residual: the two gradients of x are added
+    up in one pass on a TPU then.
     """
 
     epsilon: float = 1e-5
@@ -40,7 +41,7 @@ def layer_norm(
 ) -> Any:
     """`x` [..., C] normalised over its last axis, times `scale` [C], plus `bias` [C].
 
-    In the dtype of `x`; computed in float32. With `keep` it comes after `x` itself. On a TPU,
+    In the dtype of `x`; computed in float32. With `keep` (x, y) are returned. On a TPU,
     bfloat16 rows that fill its registers go through a kernel: XLA takes four times as long, and
     five for the gradients (docs/scale.md).
     """
@@ -70,7 +71,7 @@ def standardize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
 
 
 def gradient(standard: jax.Array, factor: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """That of the rows, of what `standardize` returns and the first of those's cotangent."""
+    """The rows' [..., C], of what `standardize` returns of them and the first's `cotangent`."""
     along = (cotangent * standard).mean(-1, keepdims=True)
     return (cotangent - cotangent.mean(-1, keepdims=True) - standard * along) * factor
 
@@ -84,15 +85,10 @@ BLOCK = 1 << 17
 def fits_kernel(x: jax.Array) -> bool:
     """Whether `normalize_in_kernel` takes arrays like `x` [B, ..., n, C].
 
-    Rows fill registers, and every device of the mesh in use has whole samples; without a mesh
-    (`sharding.on_mesh`) nothing is known of the devices.
+    Rows fill registers, and every device has whole samples.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    return (
-        (x.dtype == jnp.bfloat16 and x.ndim > 2 and x.shape[-1] % LANES == 0)
-        and not mesh.empty
-        and x.shape[0] % mesh.size == 0
-    )
+    fills = x.dtype == jnp.bfloat16 and x.ndim > 2 and x.shape[-1] % LANES == 0
+    return fills and divides_samples(x.shape[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

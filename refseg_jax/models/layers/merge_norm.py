@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.layer_norm import gradient, normalize, standardize
-from refseg_jax.sharding import kernel_places
+from refseg_jax.sharding import divides_samples, kernel_places
 
 
 class MergeNorm(nn.Module):
@@ -69,15 +69,14 @@ def _pairs(h: int, w: int, C: int) -> int:
 def fits_kernel(x: jax.Array) -> bool:
     """Whether `merge_in_kernel` takes arrays like `x` [B,h,w,C].
 
-    Channels fill registers, enough pairs of rows fit the memory, and every device of the mesh in
-    use has whole samples; without a mesh (`sharding.on_mesh`) nothing is known of the devices.
+    Channels fill registers, enough pairs of rows fit the memory, and every device has whole
+    samples.
     """
     B, h, w, C = x.shape
-    mesh = jax.sharding.get_abstract_mesh()
     return (
         (x.dtype == jnp.bfloat16 and C % LANES == 0)
         and _pairs(h, w, C) * 2 * w * C <= LARGEST
-        and (not mesh.empty and B % mesh.size == 0)
+        and divides_samples(B)
     )
 
 

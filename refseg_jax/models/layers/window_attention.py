@@ -57,8 +57,11 @@ def attend_in_windows(
     q, k, v = (gather_windows(x, windows) for x in (q, k, v))
     if windows.padded:
         outside = jnp.asarray(windows.cells() < 0)[:, :, None]
+        padding = padding.astype(jnp.float32)  # Its gradient is a sum of many.
         k, v = (
-            jnp.where(outside, p, x.reshape(-1, *outside.shape[:2], x.shape[-1])).reshape(x.shape)
+            jnp.where(outside, p, x.reshape(-1, *outside.shape[:2], x.shape[-1]))
+            .astype(x.dtype)
+            .reshape(x.shape)
             for p, x in zip(padding, (k, v), strict=True)
         )
     return scatter_windows(attend(q, k, v, bias, windows.regions()), windows)

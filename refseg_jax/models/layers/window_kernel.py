@@ -14,14 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.windows import Windows
-from refseg_jax.sharding import kernel_places
+from refseg_jax.sharding import divides_samples, kernel_places
 
 # What is added to the logits of cells that are no neighbours on the map.
 APART = -100.0
 
-# It takes as many heads at a time as fill the lanes of a register, and a strip of the map as high
-# as a window, whose cells it moves into windows by itself: XLA would take longer for it, and
-# compute queries, keys and values of the cells around the map as well.
+# The kernel takes as many heads at a time as fill the lanes of a register, and a strip of the map
+# as high as a window, whose cells it moves into windows by itself: XLA would take longer for it.
 # Logits have a row for each key and a lane for each query of each head: a sum over keys adds up
 # registers, where a sum over lanes would move them, and the queries of all heads fill the lanes
 # better than the keys of a window. Each head's queries begin at a register; what remains of them
@@ -36,16 +35,14 @@ def fits_kernel(q: jax.Array, heads: int, windows: Windows) -> bool:
     """Whether `attend_in_kernel` takes arrays like `q` [B,h·w,C].
 
     They fill registers, what is computed of a window and the strips of a map that are at hand fit a
-    chip's vector memory, and every device of the mesh in use has whole samples; without a mesh
-    (`sharding.on_mesh`) nothing is known of the devices.
+    chip's vector memory, and every device has whole samples.
     """
     B, _, C = q.shape
-    mesh = jax.sharding.get_abstract_mesh()
     return (
         (q.dtype == jnp.bfloat16 and windows.side % 4 == 0 and windows.shift % 2 == 0)
         and (C % LANES == 0 and LANES % (C // heads) == 0)
         and _memory(windows, LANES * heads // C) <= MEMORY
-        and (not mesh.empty and B % mesh.size == 0)
+        and divides_samples(B)
     )
 
 
@@ -280,9 +277,9 @@ def _kernel(windows: Windows, dtype: jnp.dtype, names: tuple[str, ...], *refs: A
     step, steps = pl.program_id(2), _Steps(windows)
     strip = _Strip(windows, dtype, refs, steps.read(step), steps.computed(step))
     side, shift, rows = windows.side, windows.shift, windows.rows
-    of_sample = pl.program_id(1)
+    sample = pl.program_id(1)
 
-    @pl.when((of_sample == 0) & (step == 0))
+    @pl.when((sample == 0) & (step == 0))
     def _():
         strip.begin_group()
 
@@ -317,7 +314,7 @@ def _kernel(windows: Windows, dtype: jnp.dtype, names: tuple[str, ...], *refs: A
         def _():
             strip.read(shift, side, 0)
 
-    @pl.when((of_sample == pl.num_programs(1) - 1) & (step == len(steps) - 1))
+    @pl.when((sample == pl.num_programs(1) - 1) & (step == len(steps) - 1))
     def _():
         strip.end_group()
 
@@ -444,7 +441,7 @@ class _Strip:
                 self._forward(group)
 
         if self.backward:
-            self.pad("kv")  # There are gradients.
+            self.pad(("k", "v"))  # There are gradients now.
         if together == columns:
             some(0, None)
         else:

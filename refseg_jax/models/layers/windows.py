@@ -22,14 +22,17 @@ class Windows:
 
     @property
     def rows(self) -> int:
+        """Of windows."""
         return -(-self.size[0] // self.side)
 
     @property
     def columns(self) -> int:
+        """Of windows."""
         return -(-self.size[1] // self.side)
 
     @property
     def padded(self) -> bool:
+        """Whether there are cells around the map."""
         return self.size != (self.rows * self.side, self.columns * self.side)
 
     def cells(self) -> np.ndarray:
