@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks.paper import CONFIGS, batch_shapes, paper_config, paper_state
 from refseg_jax.models.encoders import swin
 from refseg_jax.models.layers.window_attention import attend
-from refseg_jax.models.layers.window_kernel import APART
+from refseg_jax.models.layers.window_strip import APART
 from refseg_jax.predict import make_predict_step
 
 

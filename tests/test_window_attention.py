@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.encoders.swin import WindowAttention
-from refseg_jax.models.layers import window_kernel
+from refseg_jax.models.layers import window_strip
 from refseg_jax.models.layers.window_attention import attend_in_windows
 from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
 from refseg_jax.models.layers.windows import Windows
@@ -76,7 +76,7 @@ class Rows:
 
 @pytest.mark.parametrize("w", [10, 7])
 def test_two_cells_of_bfloat16_share_a_row(w, interpreted, monkeypatch):
-    monkeypatch.setattr(window_kernel, "_as_rows", Rows)
+    monkeypatch.setattr(window_strip, "_as_rows", Rows)
     windows = Windows((6, w), 4, 2)
     q, k, v, cotangent = RNG.normal(size=(4, 2, 6 * w, 128))
     padding, bias = RNG.normal(size=(2, 128)), RNG.normal(size=(4, 16, 16))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refseg_jax.models.layers.window_kernel import APART, attend_in_kernel, fits_kernel
+from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
+from refseg_jax.models.layers.window_strip import APART
 from refseg_jax.models.layers.windows import Windows, gather_windows, scatter_windows
 
 
