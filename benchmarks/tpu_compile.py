@@ -17,7 +17,8 @@ nothing a measurement:
   convolutions by the shapes of the traced forward pass, times 3 for a train step;
 - collectives: of each kind, how many, and the MiB of their results in one chip;
 - mcycles: millions of estimated cycles, a loop's body counted as often as it runs, and for our own
-  kernels the instructions that they compile to (benchmarks/tpu_kernels.py); share_of_peak:
+  kernels the instructions that they compile to or what the memory takes for their arrays, whichever
+  is more (benchmarks/tpu_kernels.py); share_of_peak:
   model_tflops over the most that the chip does in that time;
 - worst: the operations of most cycles and their shares, those of like blocks taken together.
 """
@@ -73,16 +74,17 @@ class Chip(NamedTuple):
     gib: float  # Memory.
     tflops: float  # In bfloat16.
     ghz: float  # Of the matrix units: tflops over what they do per cycle.
+    gbytes: float  # Of the memory's traffic, per second.
     host: str
     pod: str
     layout: str = "default"
 
 
 CHIPS = {
-    "v4": Chip(32, 275, 1.05, "2x2x1", "4x8x8", "megacore"),
-    "v5e": Chip(16, 197, 1.5, "2x2", "16x16"),
-    "v5p": Chip(95, 459, 1.75, "2x2x1", "4x8x8"),
-    "v6e": Chip(32, 918, 1.75, "2x2", "16x16"),
+    "v4": Chip(32, 275, 1.05, 1228, "2x2x1", "4x8x8", "megacore"),
+    "v5e": Chip(16, 197, 1.5, 819, "2x2", "16x16"),
+    "v5p": Chip(95, 459, 1.75, 2765, "2x2x1", "4x8x8"),
+    "v6e": Chip(32, 918, 1.75, 1640, "2x2", "16x16"),
 }
 
 

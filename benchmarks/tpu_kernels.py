@@ -4,7 +4,8 @@ XLA estimates cycles for its operations, but has none for a kernel that it is gi
 benchmarks/tpu_compile.py starts this as a process of its own, in which libtpu writes down the
 instructions of each kernel, compiled by itself: one bundle of them per cycle, as often as the
 kernel's grid has steps, which a chip's cores share. What it does in some steps only counts in
-those, and a loop as often as it runs.
+those, and a loop as often as it runs, or, where its end is data, as it may at most. And at least
+as many cycles as the chip's memory takes, at its full speed, for what the kernel reads and writes.
 
     python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
 
@@ -29,7 +30,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.paper import jaxprs_in_params, paper_config
-from benchmarks.tpu_compile import mesh_of, trace_step
+from benchmarks.tpu_compile import CHIPS, Chip, mesh_of, trace_step
 
 
 def kernel_cycles(config: str, step: str, topology: str, rows: int, dtype: str) -> dict[str, int]:
@@ -96,6 +97,7 @@ def straighten(jaxpr: Jaxpr, step: dict[int, int], loop: int | None = None) -> S
     """
     eqns, choices, lengths = [], [], []
     known: dict[Var, Any] = {}  # The numbers that follow from the step.
+    most: dict[Var, int] = {}  # What others are at most.
 
     def run(jaxpr: Jaxpr, arguments: list) -> list:
         names = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -103,20 +105,31 @@ def straighten(jaxpr: Jaxpr, step: dict[int, int], loop: int | None = None) -> S
         def atom(x):
             return x if isinstance(x, Literal) else names[x]
 
+        def of_loop(eqn: JaxprEqn, inputs: list) -> tuple[int, int]:
+            """How many of its inputs are constants, and how often it runs."""
+            if eqn.primitive.name == "scan":
+                return eqn.params["num_consts"], eqn.params["length"]
+            # What jax.lax.fori_loop makes: from a number, at least 0, to another.
+            constants = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+            return constants, most[inputs[constants + 1]]
+
         for eqn in jaxpr.eqns:
             inputs = [atom(x) for x in eqn.invars]
             values = [x.val if isinstance(x, Literal) else known.get(x) for x in inputs]
             if eqn.primitive.name == "cond":
                 choices.append(int(values[0]))
                 outputs = run(eqn.params["branches"][choices[-1]].jaxpr, inputs[1:])
-            elif eqn.primitive.name == "scan" and loop != len(lengths):
-                lengths.append(eqn.params["length"])
-                outputs = inputs[eqn.params["num_consts"] :]
+            elif eqn.primitive.name in ("scan", "while") and loop != len(lengths):
+                constants, length = of_loop(eqn, inputs)
+                lengths.append(length)
+                outputs = inputs[constants:]
             else:
-                if eqn.primitive.name == "scan":
-                    lengths.append(eqn.params["length"])
+                if eqn.primitive.name in ("scan", "while"):
+                    lengths.append(of_loop(eqn, inputs)[1])
                 outputs = [Var(x.aval) for x in eqn.outvars]
                 eqns.append(eqn.replace(invars=inputs, outvars=outputs))
+                if eqn.primitive.name == "min" and isinstance(inputs[1], Literal):
+                    most[outputs[0]] = int(inputs[1].val)
                 if eqn.primitive.name == "program_id":
                     known[outputs[0]] = np.int32(step[eqn.params["axis"]])
                 elif values and not any(x is None for x in values):
@@ -152,16 +165,20 @@ def cycles_of(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
     total = 0
     for first, *others in alike.values():
         straight = straighten(jaxpr, first)
-        count = outside = bundles(eqn, straight.jaxpr, device, dump)
+        without, others_inside = bundles(eqn, straight.jaxpr, device, dump)
+        count = without
         for loop, length in enumerate(straight.lengths):
-            inside = bundles(eqn, straighten(jaxpr, first, loop).jaxpr, device, dump) - outside
-            count += length * inside
+            with_it, inside = bundles(eqn, straighten(jaxpr, first, loop).jaxpr, device, dump)
+            count += with_it - without + (length - 1) * (inside - others_inside)
         total += count * (1 + len(others))
     return total * (math.prod(grid) // len(steps))
 
 
-def bundles(eqn: JaxprEqn, jaxpr: Jaxpr, device: jax.Device, dump: pathlib.Path) -> int:
-    """Instructions of a kernel, with `jaxpr` for its own, from what libtpu writes down."""
+def bundles(eqn: JaxprEqn, jaxpr: Jaxpr, device: jax.Device, dump: pathlib.Path) -> tuple[int, int]:
+    """Instructions of a kernel, with `jaxpr` for its own, and how many of them are inside of loops.
+
+    The compiler has loops of its own, which move what is no whole number of tiles.
+    """
     sharding = SingleDeviceSharding(device)
     shapes = [
         jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in eqn.invars
@@ -173,12 +190,24 @@ def bundles(eqn: JaxprEqn, jaxpr: Jaxpr, device: jax.Device, dump: pathlib.Path)
 
     jax.jit(alone).lower(*shapes).compile()
     # The kernel is named after the function; beside it are copies to the layouts that it wants.
-    (report,) = set(dump.glob("*-alone.*-schedule-analysis_final_bundles.txt")) - known
-    return int(re.search(r"total scheduled bundles:\s+(\d+)", report.read_text()).group(1))
+    files = set(dump.glob("*-alone.*-final_bundles.txt")) - known
+    (text,) = (f.read_text() for f in files if "schedule-analysis" not in f.name)
+    # An address, and for each loop around it a ">", of which the first is the grid's.
+    loops = re.findall(r"^ *0x[0-9a-f]+ *\w* *: (>*)", text, re.MULTILINE)
+    return len(loops), sum(len(x) > 1 for x in loops)
+
+
+def chip_cycles(eqn: JaxprEqn, device: jax.Device, kind: Chip, dump: pathlib.Path) -> int:
+    """Of a chip, by a kernel's instructions or by what it reads and writes."""
+    arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    traffic = sum(x.size * x.dtype.itemsize for x in arrays)
+    instructions = cycles_of(eqn, device, dump) // device.num_cores
+    return max(instructions, int(traffic * kind.ghz / kind.gbytes))
 
 
 def main() -> None:
     name, step, topology, rows, dtype = sys.argv[1:]
+    kind = CHIPS[topology.partition(":")[0]]
     with tempfile.TemporaryDirectory() as dump:
         write_down(pathlib.Path(dump))
         mesh = mesh_of(topology)
@@ -186,8 +215,8 @@ def main() -> None:
         cycles = collections.Counter()
         chip = mesh.devices.flat[0]
         for eqn, times in kernels_of(traced.jaxpr.jaxpr):
-            all_steps = cycles_of(eqn, chip, pathlib.Path(dump))
-            cycles[f"kernel {eqn.params['name']}"] += all_steps * times // chip.num_cores
+            once = chip_cycles(eqn, chip, kind, pathlib.Path(dump))
+            cycles[f"kernel {eqn.params['name']}"] += once * times
     print(json.dumps(cycles))
 
 

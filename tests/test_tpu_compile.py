@@ -127,6 +127,7 @@ KERNELS = """
 import pathlib, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from benchmarks import tpu_compile, tpu_kernels
 from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
 from refseg_jax.models.layers.windows import Windows
@@ -165,6 +166,35 @@ for often in 10, 1000:
     ((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(jnp.zeros((32, 640))).jaxpr)
     print(tpu_kernels.cycles_of(kernel, chip, dump))
 
+# A loop whose end is data, at most 7 or 70.
+def sums_up_to(most, end, x, y):
+    def more(i, _):
+        y[...] += jnp.exp(x[...])
+    jax.lax.fori_loop(0, jnp.minimum(end[0], most), more, None)
+
+for most in 7, 70:
+    call = pl.pallas_call(
+        lambda *refs: sums_up_to(most, *refs),
+        grid=(4,),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((32, 128), jnp.float32),
+    )
+    arrays = jnp.zeros(1, jnp.int32), jnp.zeros((32, 128))
+    ((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(*arrays).jaxpr)
+    print(tpu_kernels.cycles_of(kernel, chip, dump))
+
+def copy(x, y):
+    y[...] = x[...]
+
+call = pl.pallas_call(
+    copy, grid=(8,), out_shape=jax.ShapeDtypeStruct((1024, 1024), jnp.float32),
+    in_specs=[pl.BlockSpec((128, 1024), lambda i: (i, 0))],
+    out_specs=pl.BlockSpec((128, 1024), lambda i: (i, 0)),
+)
+((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(jnp.zeros((1024, 1024))).jaxpr)
+print(tpu_kernels.chip_cycles(kernel, chip, tpu_compile.CHIPS["v5e"], dump))
+
 # Both passes of the widest map that is said to fit.
 for columns in range(100, 0, -1):
     windows = Windows((24, 12 * columns), 12, 6)
@@ -188,7 +218,7 @@ def test_instructions_of_kernels(tmp_path):
     command = [sys.executable, "-c", KERNELS, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stderr
-    kernel, few, many, widest = result.stdout.splitlines()
+    kernel, few, many, up_to_7, up_to_70, copied, widest = result.stdout.splitlines()
     assert widest == "16 2"
     times, groups, samples, strips, cycles = map(int, kernel.split())
     assert (times, groups, samples, strips) == (3, 2, 2, 2)  # Of 256 channels and two samples.
@@ -197,6 +227,10 @@ def test_instructions_of_kernels(tmp_path):
     once, rest = divmod(int(many) - int(few), 990 * 3 * 6)
     assert rest == 0 and 2 < once < 100
     assert int(few) > 4 * 5 * 6 * 10
+    of_loop, rest = divmod(int(up_to_70) - int(up_to_7), 63 * 4)
+    assert rest == 0 and 2 < of_loop < 100
+    # Its instructions are fewer than the cycles in which the memory, at GB/s, reads and writes it.
+    assert int(copied) == int(2 * 4 * 1024**2 * 1.5 / 819)
 
 
 def test_the_page_has_the_tables_of_the_record():
