@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refseg_jax.models.layers.deformable_kernel import Shapes, fits_kernel, sample_in_kernel
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.transformer import AddNorm, FeedForward
-
-Shapes = tuple[tuple[int, int], ...]
 
 # Up to this many positions over all levels a CPU samples by a matrix product. That is three times
 # as fast at 336 positions, equally fast at 1344 and slower beyond, where the matrix also outgrows
@@ -40,7 +39,8 @@ def ms_deform_attn(
         attention_weights: float32 [B,Lq,M,L,P].
         form: how to come to the same result: "gather" the pixels' rows, multiply by the "matrix"
             of all weights, or "separable", without gather or scatter. None is what suits the
-            platform: separable on a TPU, elsewhere the matrix up to `MATRIX_LIMIT` positions.
+            platform: on a TPU a kernel for values that fit it (`fits_kernel`) and separable for
+            others, elsewhere the matrix up to `MATRIX_LIMIT` positions.
 
     Returns:
         [B,Lq,M*D] in the dtype of `value`.
@@ -62,7 +62,10 @@ def ms_deform_attn(
     arguments = value, sampling_locations, attention_weights
     if form is None:
         default = forms["matrix" if s <= MATRIX_LIMIT else "gather"]
-        return jax.lax.platform_dependent(*arguments, tpu=forms["separable"], default=default)
+        tpu = forms["separable"]
+        if fits_kernel(value, spatial_shapes):
+            tpu = functools.partial(sample_in_kernel, spatial_shapes)
+        return jax.lax.platform_dependent(*arguments, tpu=tpu, default=default)
     if form not in forms:
         raise ValueError(f"form {form!r} is not one of {', '.join(forms)}")
     return forms[form](*arguments)
