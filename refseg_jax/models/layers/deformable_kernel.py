@@ -67,48 +67,54 @@ def sample_in_kernel(
 ) -> jax.Array:
     """`ms_deform_attn` as a kernel for TPUs of values that `fits_kernel`."""
     b, _, m, d = value.shape
-    queries = locations.shape[1]
     levels = tuple(map(_level, spatial_shapes))
     ends = np.cumsum([h * w for h, w in spatial_shapes])[:-1]
-    parts = jnp.split(value.transpose(0, 2, 3, 1), ends, axis=-1)
-    tiles = tuple(_to_tiles(x, level) for x, level in zip(parts, levels, strict=True))
+    parts = jnp.split(value.reshape(b, -1, m * d), ends, axis=1)
+    tiles = [_to_tiles(x, level) for x, level in zip(parts, levels, strict=True)]
+    tiles = tuple(x.reshape(b, -1, m, d, x.shape[-1]) for x in tiles)
     size = np.array(spatial_shapes, np.float32)[:, None, ::-1]
-    points = jnp.concatenate([locations * size - 0.5, weights[..., None]], -1)
-    points = points.transpose(0, 2, 3, 5, 4, 1)  # [B,M,L,3,P,Lq]
-    # As the last query: then a block looks no further for those beyond.
-    points = jnp.pad(points, [(0, 0)] * 5 + [(0, -queries % LANES)], mode="edge")
-    out = _sample(levels, tiles, points)[..., :queries]
-    return out.reshape(b, m * d, queries).mT
+    places = (locations * size - 0.5).reshape(*locations.shape[:4], -1)
+    out = _sample(levels, tiles, places.transpose(0, 2, 3, 4, 1), weights.transpose(0, 2, 3, 4, 1))
+    return out.reshape(b, m * d, -1).mT
 
 
 def _to_tiles(x: jax.Array, level: _Level) -> jax.Array:
-    """[B,M,D,h·w] -> [B,M,tiles,D,pixels of a tile]."""
-    b, m, d, _ = x.shape
-    x = x.reshape(b, m, d, level.h, level.w)
-    below, right = level.count * level.rows - level.h, level.width - level.w
-    x = jnp.pad(x, [(0, 0)] * 3 + [(0, below), (0, right)])
-    return x.reshape(b, m, d, level.count, level.pixels).swapaxes(2, 3)
+    """[B,h·w,C] -> [B,tiles,C,pixels of a tile].
+
+    A product with ones and zeros: a TPU would take four times as long to move the pixels.
+    """
+    b, _, c = x.shape
+    pixels = level.rows * level.w
+    x = jnp.pad(x, ((0, 0), (0, level.count * pixels - x.shape[1]), (0, 0)))
+    row, column = np.divmod(np.arange(pixels), level.w)
+    pick = row[:, None] * level.width + column[:, None] == np.arange(level.pixels)
+    x = x.reshape(b, level.count, pixels, c)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("btnc,np->btcp", x, jnp.asarray(pick, x.dtype), precision=highest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sample(
-    levels: tuple[_Level, ...], tiles: tuple[jax.Array, ...], points: jax.Array
+    levels: tuple[_Level, ...],
+    tiles: tuple[jax.Array, ...],
+    places: jax.Array,
+    weights: jax.Array,
 ) -> jax.Array:
-    """Values in tiles [B,M,tiles,D,pixels] at points float32 [B,M,L,3,P,Lq] -> [B,M,D,Lq].
+    """Values in tiles [B,tiles,M,D,pixels] at places [B,M,L,2·P,Lq] -> [B,M,D,Lq].
 
-    Points are (x, y, weight), in pixels from the centre of a level's first.
+    Places are float32 (x, y) of one point after another, in pixels from the centre of a level's
+    first; their weights are float32 [B,M,L,P,Lq].
     """
-    return _divided(levels, tiles, points)
+    return _divided(levels, tiles, places, weights)
 
 
-def _sample_forward(levels, tiles, points):
-    return _sample(levels, tiles, points), (tiles, points)
+def _sample_forward(levels, *arrays):
+    return _sample(levels, *arrays), arrays
 
 
-def _sample_backward(levels, saved, cotangent):
-    tiles, points = saved
-    *of_tiles, of_points = _divided(levels, tiles, points, cotangent)
-    return tuple(x.astype(tiles[0].dtype) for x in of_tiles), of_points
+def _sample_backward(levels, arrays, cotangent):
+    *of_tiles, of_places, of_weights = _divided(levels, *arrays, cotangent)
+    return tuple(x.astype(arrays[0][0].dtype) for x in of_tiles), of_places, of_weights
 
 
 _sample.defvjp(_sample_forward, _sample_backward)
@@ -125,43 +131,38 @@ def _divided(levels: tuple[_Level, ...], tiles: tuple[jax.Array, ...], *arrays: 
 
 def _run(levels: tuple[_Level, ...], tiles: tuple[jax.Array, ...], *arrays: jax.Array) -> Any:
     """The kernel for every sample, head and 128 queries; with the results' gradients, backward."""
-    points, *of_out = arrays
+    places, weights, *of_out = arrays
     backward = bool(of_out)
-    b, m, *of_query, queries = points.shape
+    b, m, _, count, queries = weights.shape
     d, dtype = tiles[0].shape[3], tiles[0].dtype
-    ranges = _ranges(levels, points)
-
-    def of_head(x: jax.Array, space: Any = None) -> pl.BlockSpec:
-        rest = x.shape[2:]
-        at = [0] * len(rest)
-        return pl.BlockSpec((None, None, *rest), lambda i, j, k: (i, j, *at), memory_space=space)
 
     def of_queries(*shape: int) -> pl.BlockSpec:
         at = [0] * len(shape)
         return pl.BlockSpec((None, None, *shape, LANES), lambda i, j, k: (i, j, *at, k))
 
-    whole_levels = [of_head(x) for x in tiles]
+    def of_tiles(x: jax.Array) -> pl.BlockSpec:
+        tiles, _, *shape = x.shape[1:]
+        return pl.BlockSpec((None, tiles, None, *shape), lambda i, j, k: (i, 0, j, 0, 0))
+
+    of_points = [of_queries(*x.shape[2:4]) for x in (places, weights)]
     widest = max(level.width for level in levels)
-    columns = pltpu.VMEM((of_query[-1], widest, LANES), jnp.float32)
+    columns = pltpu.VMEM((count, widest, LANES), jnp.float32)
     if backward:
-        like_tiles = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in tiles]
-        out_shape = *like_tiles, jax.ShapeDtypeStruct(points.shape, points.dtype)
-        out_specs = *whole_levels, of_queries(*of_query)
-        transposed = [pltpu.VMEM((x.shape[2], x.shape[4], d), dtype) for x in tiles]
-        scratch = columns, columns, *transposed
+        out_shape = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (*tiles, places, weights)]
+        out_specs = [*map(of_tiles, tiles), *of_points]
+        scratch = [pltpu.VMEM((x.shape[1], x.shape[4], d), dtype) for x in tiles]
+        scratch = [columns, columns, *scratch]
     else:
-        out_shape = jax.ShapeDtypeStruct((b, m, d, queries), dtype)
-        out_specs = of_queries(d)
-        scratch = (columns,)
+        out_shape, out_specs = jax.ShapeDtypeStruct((b, m, d, queries), dtype), of_queries(d)
+        scratch = [columns]
     pixels = sum(level.count * level.pixels for level in levels)
     return pl.pallas_call(
-        functools.partial(_backward_kernel if backward else _forward_kernel, levels),
+        functools.partial(_backward_kernel if backward else _forward_kernel, levels, queries),
         name="deformable_backward" if backward else "deformable",
-        grid=(b, m, queries // LANES),
+        grid=(b, m, pl.cdiv(queries, LANES)),
         in_specs=[
-            of_head(ranges, pltpu.SMEM),
-            of_queries(*of_query),
-            *whole_levels,
+            *of_points,
+            *map(of_tiles, tiles),
             *[of_queries(d) for _ in of_out],
         ],
         out_specs=out_specs,
@@ -176,19 +177,7 @@ def _run(levels: tuple[_Level, ...], tiles: tuple[jax.Array, ...], *arrays: jax.
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*tiles, *arrays)),
             transcendentals=0,
         ),
-    )(ranges, points, *tiles, *of_out)
-
-
-def _ranges(levels: tuple[_Level, ...], points: jax.Array) -> jax.Array:
-    """The tiles that each 128 queries read: (first, end), int32 [B,M,blocks,2·L]."""
-    b, m, count, _, _, queries = points.shape
-    y = points[:, :, :, 1].reshape(b, m, count, -1, queries // LANES, LANES)
-    h = np.array([level.h for level in levels])[:, None]
-    rows = np.array([level.rows for level in levels])[:, None]
-    first = jnp.clip(jnp.floor(y.min((3, 5))), 0, h) // rows
-    end = -(-jnp.clip(jnp.floor(y.max((3, 5))) + 2, 0, h) // rows)
-    ranges = jnp.stack([first, end], 3).astype(jnp.int32)
-    return ranges.transpose(0, 1, 4, 2, 3).reshape(b, m, queries // LANES, 2 * count)
+    )(places, weights, *tiles, *of_out)
 
 
 def _weight(distance: jax.Array) -> jax.Array:
@@ -218,6 +207,10 @@ class _Look(NamedTuple):
     weight: jax.Array
     columns: Any
 
+    @property
+    def points(self) -> range:
+        return range(len(self.weight))
+
     def to_columns(self, p: int) -> jax.Array:
         """How far they are from a point, [width,128]."""
         column = jax.lax.broadcasted_iota(jnp.int32, (self.level.width, LANES), 0)
@@ -229,6 +222,7 @@ class _Look(NamedTuple):
         return [(first + i).astype(jnp.float32) - self.y for i in range(self.level.rows)]
 
     def rows(self, tile: jax.Array) -> list[jax.Array]:
+        """What they count for the points."""
         return [_weight(distance) for distance in self.to_rows(tile)]
 
     def column(self, p: int) -> jax.Array:
@@ -236,28 +230,45 @@ class _Look(NamedTuple):
 
     def of_pixels(self, rows: list[jax.Array]) -> jax.Array:
         """What a tile's pixels count, the points taken together: float32 [pixels,128]."""
-        points = range(len(self.x))
-        return jnp.concatenate(
-            [sum(row[p : p + 1] * self.column(p) for p in points) for row in rows]
-        )
+        sums = [sum(row[p : p + 1] * self.column(p) for p in self.points) for row in rows]
+        return jnp.concatenate(sums)
 
 
-def _looks(levels: tuple[_Level, ...], ranges: Any, points: Any, columns: Any) -> Iterator[_Look]:
+def _looks(
+    levels: tuple[_Level, ...], queries: int, places: Any, weights: Any, columns: Any
+) -> Iterator[_Look]:
     """At one level after another, as all have the same scratch."""
-    block = pl.program_id(2)
+    inside = _inside(queries)
     for i, level in enumerate(levels):
-        first, end = ranges[block, 2 * i], ranges[block, 2 * i + 1]
-        first, end = jnp.maximum(first, 0), jnp.minimum(end, level.count)
-        look = _Look(level, first, end, *(points[i, part] for part in range(3)), columns)
-        for p in range(len(look.x)):
-            columns[p, : level.width] = _weight(look.to_columns(p)) * look.weight[p : p + 1]
+        # Beyond the last query there is anything: as the first, which widens no range.
+        of_level = jnp.where(inside, places[i], places[i][:, :1])
+        x, y = (_every_other(of_level, start) for start in (0, 1))
+        row = jnp.clip(jnp.floor(y), -2, level.h)
+        first = jnp.maximum(row.min().astype(jnp.int32), 0)
+        last = jnp.maximum(row.max().astype(jnp.int32) + 1, -1)
+        first, end = (jax.lax.div(n, level.rows) for n in (first, last + level.rows))
+        weight = jnp.where(inside, weights[i], 0.0)
+        look = _Look(level, first, jnp.minimum(end, level.count), x, y, weight, columns)
+        for p in look.points:
+            columns[p, : level.width] = _weight(look.to_columns(p)) * weight[p : p + 1]
         yield look
 
 
-def _forward_kernel(levels: tuple[_Level, ...], ranges, points, *refs) -> None:
+def _inside(queries: int) -> jax.Array:
+    """Which of 128 are queries: bool [1,128]."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1) + pl.program_id(2) * LANES
+    return query < queries
+
+
+def _every_other(x: jax.Array, start: int) -> jax.Array:
+    return jnp.concatenate([x[i : i + 1] for i in range(start, len(x), 2)])
+
+
+def _forward_kernel(levels, queries, places, weights, *refs) -> None:
     *tiles, out, columns = refs
     total = jnp.zeros(out.shape, jnp.float32)
-    for look, values in zip(_looks(levels, ranges, points, columns), tiles, strict=True):
+    looks = _looks(levels, queries, places, weights, columns)
+    for look, values in zip(looks, tiles, strict=True):
         total = _read(look, values, total)
     out[...] = total.astype(out.dtype)
 
@@ -274,10 +285,10 @@ def _read(look: _Look, values: Any, total: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(look.first, look.end, add, (total, look.rows(look.first)))[0]
 
 
-def _backward_kernel(levels: tuple[_Level, ...], ranges, points, *refs) -> None:
+def _backward_kernel(levels, queries, places, weights, *refs) -> None:
     count = len(levels)
     tiles, of_out, of_tiles = refs[:count], refs[count], refs[count + 1 : 2 * count + 1]
-    of_points, columns, of_columns, *transposed = refs[2 * count + 1 :]
+    of_places, of_weights, columns, of_columns, *transposed = refs[2 * count + 1 :]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -285,11 +296,10 @@ def _backward_kernel(levels: tuple[_Level, ...], ranges, points, *refs) -> None:
             of_values[...] = jnp.zeros_like(of_values)
             _transpose(values, by_pixel)
 
-    looks = _looks(levels, ranges, points, columns)
+    of_out = jnp.where(_inside(queries), of_out[...].astype(jnp.float32), 0.0).astype(of_out.dtype)
+    looks = _looks(levels, queries, places, weights, columns)
     for i, (look, by_pixel, of_values) in enumerate(zip(looks, transposed, of_tiles, strict=True)):
-        of_look = _read_backward(look, by_pixel, of_out[...], of_values, of_columns)
-        for part, x in enumerate(of_look):
-            of_points[i, part] = x
+        of_places[i], of_weights[i] = _read_backward(look, by_pixel, of_out, of_values, of_columns)
 
 
 def _transpose(values: Any, by_pixel: Any) -> None:
@@ -301,40 +311,42 @@ def _transpose(values: Any, by_pixel: Any) -> None:
 
 def _read_backward(
     look: _Look, by_pixel: Any, of_out: jax.Array, of_values: Any, of_columns: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of x, y and weight; and that of the values is added to `of_values`.
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of places and weights; and that of the values is added to `of_values`.
 
     `by_pixel` [tiles,pixels,D] are the values, `of_columns` is scratch like the look's columns.
     """
-    points, width = range(len(look.x)), look.level.width
-    for p in points:
+    width = look.level.width
+    for p in look.points:
         of_columns[p, :width] = jnp.zeros((width, LANES))
 
     def of_pixels(tile):
         return _product(by_pixel[jnp.minimum(tile, look.level.count - 1)], of_out, 1, 0)
 
     def add(tile, carry):
-        of_y, of_weights = carry
+        of_y, of_tile = carry
         following = of_pixels(tile + 1)  # Nothing of this tile waits for it.
         weights = look.of_pixels(look.rows(tile)).astype(by_pixel.dtype)
         of_values[tile] += _product(of_out, weights, 1, 1)
         for i, distance in enumerate(look.to_rows(tile)):
-            row, of_row = _weight(distance), of_weights[i * width : (i + 1) * width]
-            of_rows = []
-            for p in points:
+            row, of_row = _weight(distance), of_tile[i * width : (i + 1) * width]
+            sums = []
+            for p in look.points:
                 of_columns[p, :width] += row[p : p + 1] * of_row
-                of_rows.append((look.column(p) * of_row).sum(0, keepdims=True))
-            of_y += _slope(distance) * jnp.concatenate(of_rows)
+                sums.append((look.column(p) * of_row).sum(0, keepdims=True))
+            of_y += _slope(distance) * jnp.concatenate(sums)
         return of_y, following
 
     start = jnp.zeros_like(look.y), of_pixels(look.first)
     of_y, _ = jax.lax.fori_loop(look.first, look.end, add, start)
 
     def over_columns(factor: Callable) -> jax.Array:
-        products = [factor(look.to_columns(p)) * of_columns[p, :width] for p in points]
+        products = [factor(look.to_columns(p)) * of_columns[p, :width] for p in look.points]
         return jnp.concatenate([x.sum(0, keepdims=True) for x in products])
 
-    return over_columns(_slope) * look.weight, of_y, over_columns(_weight)
+    of_x = over_columns(_slope) * look.weight
+    pairs = [z[p : p + 1] for p in look.points for z in (of_x, of_y)]
+    return jnp.concatenate(pairs), over_columns(_weight)
 
 
 def _product(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
