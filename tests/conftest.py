@@ -49,10 +49,15 @@ def like_a_tpu(monkeypatch):
     return choose
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
+@pytest.fixture(scope="module")
+def interpreted():
     """Kernels run on the CPU, in any dtype."""
+    import jax
     from jax.experimental import pallas as pl
 
     interpret = functools.partial(pl.pallas_call, interpret=True)
-    monkeypatch.setattr("jax.experimental.pallas.pallas_call", interpret)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax.experimental.pallas.pallas_call", interpret)
+        jax.clear_caches()  # Of kernels that are traced already.
+        yield
+    jax.clear_caches()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.layers import layer_norm as module
@@ -103,3 +104,24 @@ def test_a_tpu_takes_the_kernel(like_a_tpu):
     assert "pallas_call" in jaxpr() and "platform_index" in jaxpr()
     like_a_tpu()
     assert "pallas_call" in jaxpr() and "platform_index" not in jaxpr()
+
+
+def test_layers_of_one_size_share_a_kernel(monkeypatch):
+    """To trace and lower a kernel takes a second, and a model has a hundred of them."""
+    kernels = []
+    pallas_call = pl.pallas_call
+
+    def traced(*arguments, name, **how):
+        kernels.append(name)
+        return pallas_call(*arguments, name=name, **how)
+
+    monkeypatch.setattr("jax.experimental.pallas.pallas_call", traced)
+    x, vector = jnp.ones((2, 11, 128), jnp.bfloat16), jnp.ones(128)
+
+    def three(x):
+        for _ in range(3):
+            x = module.normalize_in_kernel(x, vector, vector, 1e-5)
+        return x.astype(jnp.float32).sum()
+
+    jax.make_jaxpr(on_mesh(make_mesh(2, 1), jax.grad(three)))(x)
+    assert sorted(kernels) == ["layer_norm", "layer_norm_backward"]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from refseg_jax.models.layers.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 Shapes = tuple[tuple[int, int], ...]
@@ -19,7 +20,6 @@ Shapes = tuple[tuple[int, int], ...]
 # rows of a level's pixels by the queries, and multiplies the values with it. Queries side by side
 # on the map mostly look at the same part of it, so that it goes only through the tiles between
 # the uppermost and the lowest of their points.
-LANES = 128
 MEMORY = 12 << 20  # Bytes for a head's values and their gradients, of the 16 MiB of a v4.
 
 
@@ -129,6 +129,7 @@ def _divided(levels: tuple[_Level, ...], tiles: tuple[jax.Array, ...], *arrays: 
     return run(tiles, *arrays)
 
 
+@traced_once(0)
 def _run(levels: tuple[_Level, ...], tiles: tuple[jax.Array, ...], *arrays: jax.Array) -> Any:
     """The kernel for every sample, head and 128 queries; with the results' gradients, backward."""
     places, weights, *of_out = arrays
@@ -278,7 +279,7 @@ def _read(look: _Look, values: Any, total: jax.Array) -> jax.Array:
 
     def add(tile, carry):
         total, rows = carry
-        total += _product(values[tile], look.of_pixels(rows).astype(values.dtype), 1, 0)
+        total += product(values[tile], look.of_pixels(rows).astype(values.dtype), 1, 0)
         # The next tile's, which do not wait for the product.
         return total, look.rows(tile + 1)
 
@@ -321,13 +322,13 @@ def _read_backward(
         of_columns[p, :width] = jnp.zeros((width, LANES))
 
     def of_pixels(tile):
-        return _product(by_pixel[jnp.minimum(tile, look.level.count - 1)], of_out, 1, 0)
+        return product(by_pixel[jnp.minimum(tile, look.level.count - 1)], of_out, 1, 0)
 
     def add(tile, carry):
         of_y, of_tile = carry
         following = of_pixels(tile + 1)  # Nothing of this tile waits for it.
         weights = look.of_pixels(look.rows(tile)).astype(by_pixel.dtype)
-        of_values[tile] += _product(of_out, weights, 1, 1)
+        of_values[tile] += product(of_out, weights, 1, 1)
         for i, distance in enumerate(look.to_rows(tile)):
             row, of_row = _weight(distance), of_tile[i * width : (i + 1) * width]
             sums = []
@@ -347,9 +348,3 @@ def _read_backward(
     of_x = over_columns(_slope) * look.weight
     pairs = [z[p : p + 1] for p in look.points for z in (of_x, of_y)]
     return jnp.concatenate(pairs), over_columns(_weight)
-
-
-def _product(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    """Sums over axis `of_a` of a matrix and `of_b` of another, float32."""
-    dimensions = (((of_a,), (of_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

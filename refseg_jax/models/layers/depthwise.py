@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.dense import add_bias
+from refseg_jax.models.layers.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 
@@ -101,7 +102,7 @@ _sum_of_shifted.defvjp(_shifted_forward, _shifted_backward)
 
 # The kernel. A pixel of so many samples and channels fills a register, so its neighbours are whole
 # registers too, and nothing is moved inside of one.
-SAMPLES, LANES = 8, 128
+SAMPLES = 8
 BLOCK = 6 * 2**20  # Bytes of a map of those; two and the results fit into the memory of any TPU.
 ROWS, COLUMNS = 4, 18  # What is unrolled of it at a time.
 
@@ -171,6 +172,7 @@ def _blocks(x: jax.Array) -> tuple[tuple[int, int, int], pl.BlockSpec, pl.BlockS
 _IN_TURN = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
+@traced_once()
 def _convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     B, h, w, C = x.shape
     x = _by_pixels(x)
@@ -191,6 +193,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return y.reshape(h, w, B, C).transpose(2, 0, 1, 3)
 
 
+@traced_once(2)
 def _gradients(x: jax.Array, cotangent: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Of x, cotangent [B,h,w,C]: the kernel's, float32 [size,size,C], and the bias's, [C]."""
     C, cells = x.shape[-1], size**2

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from refseg_jax.models.layers.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 
@@ -78,7 +78,6 @@ def gradient(standard: jax.Array, factor: jax.Array, cotangent: jax.Array) -> ja
 
 # The kernel. It takes so many numbers at a time: few enough to compile soon, and enough that the
 # rows' sums, each of which waits for its registers' lanes to be added up, do so side by side.
-LANES = 128
 BLOCK = 1 << 17
 
 
@@ -98,7 +97,7 @@ def normalize_in_kernel(
     """`layer_norm` as a kernel for TPUs of arrays that `fits_kernel`."""
     samples, whole = kernel_places()
     run = jax.shard_map(
-        functools.partial(_run, functools.partial(_forward_kernel, epsilon)),
+        functools.partial(_run, epsilon, False, False),
         in_specs=(samples, whole, whole),
         out_specs=samples,
         check_vma=False,
@@ -117,8 +116,7 @@ def _in_kernel_backward(epsilon, keep, saved, cotangents):
     cotangents = cotangents[::-1] if keep else (cotangents,)
 
     def run(scale, x, *cotangents):
-        kernel = functools.partial(_backward_kernel, epsilon, keep)
-        of_x, *sums = _run(kernel, x, *cotangents, scale)
+        of_x, *sums = _run(epsilon, True, keep, x, *cotangents, scale)
         return of_x, *(jax.lax.psum(s.sum((0, 1)), *samples) for s in sums)
 
     of_x, of_scale, of_bias = jax.shard_map(
@@ -133,8 +131,9 @@ def _in_kernel_backward(epsilon, keep, saved, cotangents):
 normalize_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 
 
-def _run(kernel: Callable, *operands: jax.Array) -> Any:
-    """`kernel` for blocks of rows of some arrays [..., n, C], with vectors [C] for all.
+@traced_once(0, 1, 2)
+def _run(epsilon: float, backward: bool, keep: bool, *operands: jax.Array) -> Any:
+    """The kernel for blocks of rows of some arrays [..., n, C], with vectors [C] for all.
 
     Whole sets of n rows where they are small, else equal parts of each. The backward kernel, of
     which two or three are arrays, has sums of all rows of a block of sets besides, float32
@@ -155,11 +154,15 @@ def _run(kernel: Callable, *operands: jax.Array) -> Any:
     block = pl.BlockSpec((together, rows, C), lambda i, j: (i, j, 0))
     vector = pl.BlockSpec((1, C), lambda i, j: (0, 0))
     total = pl.BlockSpec((1, 1, C), lambda i, j: (i, 0, 0))
-    backward = len(arrays) > 1
     like_x = jax.ShapeDtypeStruct((sets, n, C), dtype)
     like_total = jax.ShapeDtypeStruct((sets // together, 1, C), jnp.float32)
+    if backward:
+        end = n if n % rows else None
+        kernel = functools.partial(_backward_kernel, epsilon, keep, end=end)
+    else:
+        kernel = functools.partial(_forward_kernel, epsilon)
     results = pl.pallas_call(
-        functools.partial(kernel, end=n) if backward and n % rows else kernel,
+        kernel,
         name="layer_norm_backward" if backward else "layer_norm",
         grid=(sets // together, -(-n // rows)),
         in_specs=[block] * len(arrays) + [vector] * len(vectors),

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.layer_norm import gradient, normalize, standardize
+from refseg_jax.models.layers.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 
@@ -55,7 +56,7 @@ def merge(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> ja
 
 
 # The kernel. It takes some pairs of the map's rows at a time, which make whole registers.
-LANES, ROWS = 128, 8
+ROWS = 8
 BLOCK = 1 << 17  # Numbers at a time, where that is enough,
 LARGEST = 1 << 18  # and how many fit.
 
@@ -141,6 +142,7 @@ def _blocks(x: jax.Array) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
     )
 
 
+@traced_once(0)
 def _forward(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     B, h, w, C = x.shape
     cells, merged, vector = _blocks(x)
@@ -156,6 +158,7 @@ def _forward(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) ->
     return y.reshape(B, h // 2, w // 2, 4 * C)
 
 
+@traced_once(0)
 def _backward(epsilon: float, x: jax.Array, cotangent: jax.Array, scale: jax.Array) -> Any:
     """The gradient of x, and those of scale and bias, float32 [B,1,4C], for each sample."""
     B, h, w, C = x.shape

@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refseg_jax.models.layers.window_strip import LANES, Strip, lanes_of
+from refseg_jax.models.layers.registers import LANES, traced_once
+from refseg_jax.models.layers.window_strip import Strip, lanes_of
 from refseg_jax.models.layers.windows import Windows
 from refseg_jax.sharding import divides_samples, kernel_places
 
@@ -155,6 +156,7 @@ class _Steps:
         return self._strip(step, 2)
 
 
+@traced_once(0, 1)
 def _run(
     backward: bool,
     windows: Windows,

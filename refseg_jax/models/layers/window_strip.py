@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from refseg_jax.models.layers.registers import LANES, product
 from refseg_jax.models.layers.windows import Windows
 
 # What is added to the logits of cells that are no neighbours on the map.
@@ -21,7 +22,6 @@ APART = -100.0
 # registers, where a sum over lanes would move them, and the queries of all heads fill the lanes
 # better than the keys of a window. Each head's queries begin at a register; what remains of them
 # beyond full registers comes after those of all heads.
-LANES = 128
 MOST_LOGITS = 1 << 19  # At a time.
 TOGETHER = 5  # Windows: while one waits for its products, another computes.
 
@@ -185,17 +185,17 @@ class Strip:
             q, k, v, of_y = (self.cells(name, column) for name in self.sources)
             queries, of_y = _one_by_one(q, heads), _one_by_one(of_y, heads)
             weights = _weights(queries, k, self.bias(column))
-            of_weights = _product(v, of_y, 1, 1)
+            of_weights = product(v, of_y, 1, 1)
             of_logits = weights * (of_weights - (weights * of_weights).sum(0, keepdims=True))
             of_bias += of_logits
             of_logits = of_logits.astype(self.dtype)
             of_q = _sum_over_keys(of_logits, k, heads)
-            of_k = _product(of_logits, queries, 1, 0)
-            of_v = _product(weights.astype(self.dtype), of_y, 1, 0)
+            of_k = product(of_logits, queries, 1, 0)
+            of_v = product(weights.astype(self.dtype), of_y, 1, 0)
             if self.windows.padded:
                 outside = self.refs.outside[0, column]
                 both = (x.astype(self.dtype) for x in (of_k, of_v))
-                of_padding += jnp.stack([_product(outside, x, 1, 0) for x in both])
+                of_padding += jnp.stack([product(outside, x, 1, 0) for x in both])
             results.append([of_q, of_k, of_v])
         self.refs.of_bias_lanes[...] += of_bias
         if self.windows.padded:
@@ -253,15 +253,9 @@ def _as_rows(ref: Any) -> Any:
 
 def _weights(queries: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
     """Softmax over the keys, float32 [n, heads · n], of `_one_by_one` queries and k [n, 128]."""
-    logits = _product(k, queries, 1, 1) + bias
+    logits = product(k, queries, 1, 1) + bias
     weights = jnp.exp(logits - logits.max(0, keepdims=True))
     return weights * (1 / weights.sum(0, keepdims=True))
-
-
-def _product(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    """Sums over axis `of_a` of a matrix and `of_b` of another, float32."""
-    dimensions = (((of_a,), (of_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _one_by_one(x: jax.Array, heads: int) -> jax.Array:
@@ -291,12 +285,12 @@ def _sum_over_keys(weights: jax.Array, x: jax.Array, heads: int) -> jax.Array:
     parts = []
     if full:
         own = [
-            _product(x[h * d : (h + 1) * d], weights[:, h * full : (h + 1) * full], 1, 0)
+            product(x[h * d : (h + 1) * d], weights[:, h * full : (h + 1) * full], 1, 0)
             for h in range(heads)
         ]
         parts.append(jnp.concatenate(own).T)
     if rest := n - full:
-        y = _product(x, weights[:, heads * full :], 1, 0)
+        y = product(x, weights[:, heads * full :], 1, 0)
         own = [y[h * d : (h + 1) * d, h * rest : (h + 1) * rest] for h in range(heads)]
         parts.append(jnp.concatenate(own).T)
     return jnp.concatenate(parts)
