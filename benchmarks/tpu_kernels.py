@@ -3,9 +3,10 @@
 XLA estimates cycles for its operations, but has none for a kernel that it is given. So
 benchmarks/tpu_compile.py starts this as a process of its own, in which libtpu writes down the
 instructions of each kernel, compiled by itself: one bundle of them per cycle, as often as the
-kernel's grid has steps, which a chip's cores share. What it does in some steps only counts in
-those, and a loop as often as it runs, or, where its end is data, as it may at most. And at least
-as many cycles as the chip's memory takes, at its full speed, for what the kernel reads and writes.
+kernel's grid has steps, which a chip's cores share if they can. What it does in some steps only
+counts in those, and a loop as often as it runs, or, where its end is data, as it may at most. And
+at least as many cycles as the chip's memory takes, at its full speed, for what the kernel reads
+and writes.
 
     python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
 
@@ -111,7 +112,13 @@ def straighten(jaxpr: Jaxpr, step: dict[int, int], loop: int | None = None) -> S
                 return eqn.params["num_consts"], eqn.params["length"]
             # What jax.lax.fori_loop makes: from a number, at least 0, to another.
             constants = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
-            return constants, most[inputs[constants + 1]]
+            end = inputs[constants + 1]
+            if end not in most:
+                raise ValueError(
+                    "how often a kernel's loop runs at most is not known: it must end at a "
+                    "number or at jnp.minimum(data, number)"
+                )
+            return constants, most[end]
 
         for eqn in jaxpr.eqns:
             inputs = [atom(x) for x in eqn.invars]
@@ -201,8 +208,16 @@ def chip_cycles(eqn: JaxprEqn, device: jax.Device, kind: Chip, dump: pathlib.Pat
     """Of a chip, by a kernel's instructions or by what it reads and writes."""
     arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
     traffic = sum(x.size * x.dtype.itemsize for x in arrays)
-    instructions = cycles_of(eqn, device, dump) // device.num_cores
-    return max(instructions, int(traffic * kind.ghz / kind.gbytes))
+    cores = cores_that_share(eqn, device.num_cores)
+    return max(cycles_of(eqn, device, dump) // cores, int(traffic * kind.ghz / kind.gbytes))
+
+
+def cores_that_share(eqn: JaxprEqn, cores: int) -> int:
+    """All of a chip's, if they divide an axis of the kernel's grid that may go in parallel."""
+    semantics = getattr(eqn.params["compiler_params"], "dimension_semantics", None) or ()
+    sizes = eqn.params["grid_mapping"].grid
+    shared = (n for n, how in zip(sizes, semantics, strict=False) if how == "parallel")
+    return cores if any(n % cores == 0 for n in shared) else 1
 
 
 def main() -> None:
