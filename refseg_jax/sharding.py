@@ -69,6 +69,12 @@ def divides_samples(samples: int, by: int = 1) -> bool:
     return not mesh.empty and samples % (mesh.size * by) == 0
 
 
+def on_tpus() -> bool:
+    """Whether the devices of the mesh in use are TPUs. Without a mesh nothing is known: False."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.device_kind.startswith("TPU")
+
+
 def kernel_places() -> tuple[PartitionSpec, PartitionSpec]:
     """(of samples, of what all have in common) on the mesh in use, for a kernel's `shard_map`.
 

@@ -9,13 +9,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is for x86-64 Linux")
 
-from benchmarks import tpu_compile  # noqa: E402
+from benchmarks import tpu_compile, tpu_kernels  # noqa: E402
 from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
 from refseg_jax.models.layers.layer_norm import normalize_in_kernel  # noqa: E402
-from refseg_jax.sharding import batch_sharding, on_mesh  # noqa: E402
+from refseg_jax.sharding import batch_sharding, on_mesh, on_tpus  # noqa: E402
 from tests.conftest import REPO  # noqa: E402
 
 ROWS = [json.loads(line) for line in (tpu_compile.DOCS / "scale.jsonl").read_text().splitlines()]
@@ -81,7 +83,8 @@ def test_a_program_does_not_tell_where_its_source_is():
 @pytest.mark.parametrize("kind", tpu_compile.CHIPS)
 def test_a_device_is_a_chip(kind):
     chip = tpu_compile.CHIPS[kind]
-    assert tpu_compile.mesh_of(f"{kind}:{chip.host}").size == 4
+    host = tpu_compile.mesh_of(f"{kind}:{chip.host}")
+    assert host.size == 4 and on_mesh(host, on_tpus)()
     assert tpu_compile.mesh_of(f"{kind}:{chip.pod}").size == 256
 
 
@@ -231,6 +234,36 @@ def test_instructions_of_kernels(tmp_path):
     assert rest == 0 and 2 < of_loop < 100
     # Its instructions are fewer than the cycles in which the memory, at GB/s, reads and writes it.
     assert int(copied) == int(2 * 4 * 1024**2 * 1.5 / 819)
+
+
+def kernel_of(body, *semantics):
+    call = pl.pallas_call(
+        body,
+        grid=(3, 4),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics or None),
+    )
+    (equation,) = jax.make_jaxpr(call)(jnp.zeros((8, 128), jnp.int32)).eqns
+    return equation
+
+
+def test_cores_share_a_kernel_where_an_axis_says_so_and_divides():
+    def share(*semantics):
+        def copy(x, y):
+            y[...] = x[...]
+
+        return tpu_kernels.cores_that_share(kernel_of(copy, *semantics), 2)
+
+    assert share("arbitrary", "parallel") == share("parallel", "parallel") == 2
+    assert share("parallel", "arbitrary") == share("arbitrary", "arbitrary") == share() == 1
+
+
+def test_a_loop_without_a_known_end_is_named():
+    def sums(x, y):
+        y[0, 0] = jax.lax.fori_loop(0, x[0, 0], lambda i, total: total + i, 0)
+
+    with pytest.raises(ValueError, match=r"end at a number or at jnp.minimum\(data, number\)"):
+        tpu_kernels.straighten(kernel_of(sums).params["jaxpr"], {})
 
 
 def test_the_page_has_the_tables_of_the_record():

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from refseg_jax.models.layers.conv import ConvNorm
+from refseg_jax.models.layers.squares import image_to_squares
+from refseg_jax.sharding import on_tpus
 
 _leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.1)
 
@@ -48,16 +50,19 @@ class DarkNetConfig:
 
 
 class Residual(nn.Module):
-    """1x1 convolution to half the channels, 3x3 back, and a residual: [B, h, w, C] -> same."""
+    """1x1 convolution to half the channels, 3x3 back, and a residual: [B, h, w, C] -> same.
+
+    Of squares of pixels, see ConvNorm, or of pixels: `squares` is 1.
+    """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        C = x.shape[-1]
+    def __call__(self, x: jax.Array, train: bool, squares: int) -> jax.Array:
+        C = x.shape[-1] // squares**2
         conv = functools.partial(ConvNorm, activation=_leaky_relu, dtype=self.dtype)
-        y = conv(C // 2, 1, name="conv1")(x, train)
-        return x + conv(C, 3, name="conv2")(y, train)
+        y = conv(C // 2, 1, name="conv1")(x, train, squares)
+        return x + conv(C, 3, name="conv2")(y, train, squares)
 
 
 class DarkNet(nn.Module):
@@ -72,7 +77,7 @@ class DarkNet(nn.Module):
     def setup(self) -> None:
         c = self.config
         conv = functools.partial(ConvNorm, activation=_leaky_relu, dtype=self.dtype)
-        block = nn.remat(Residual, static_argnums=(2,)) if c.remat else Residual
+        block = nn.remat(Residual, static_argnums=(2, 3)) if c.remat else Residual
         self.stem = [
             conv(c.width, 3),
             conv(2 * c.width, 3, 2),
@@ -84,15 +89,22 @@ class DarkNet(nn.Module):
 
     def embed(self, image: jax.Array, train: bool = False) -> jax.Array:
         """Image [B, H, W, 3] -> [B, ceil(H/4), ceil(W/4), widths[0]]."""
-        return self._run(self.stem, image, train)
+        x, sides = image, [1] * len(self.stem)
+        if on_tpus() and image.shape[1] % 4 == image.shape[2] % 4 == 0:
+            x, sides = image_to_squares(image, 4), [4, 4, 2, 2]
+        for layer, side in zip(self.stem, sides, strict=True):
+            x = layer(x, self._by_batch(train), side)
+        return x
 
     def stage(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """The blocks of stage `i`, counted from 0; shape [B, h, w, widths[i]] is kept."""
-        return self._run(self.blocks[i], x, train)
+        for block in self.blocks[i]:
+            x = block(x, self._by_batch(train), 1)
+        return x
 
     def merge(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """After stage `i`, not the last: -> [B, ceil(h/2), ceil(w/2), widths[i + 1]]."""
-        return self.merges[i](x, train and not self.config.frozen_stats)
+        return self.merges[i](x, self._by_batch(train))
 
     def __call__(self, image: jax.Array, train: bool = False) -> list[jax.Array]:
         """Image [B, H, W, 3] -> each stage's output before the next stride, strides 4 · 2^i."""
@@ -103,7 +115,5 @@ class DarkNet(nn.Module):
             features.append(x)
         return features
 
-    def _run(self, layers: list[nn.Module], x: jax.Array, train: bool) -> jax.Array:
-        for layer in layers:
-            x = layer(x, train and not self.config.frozen_stats)
-        return x
+    def _by_batch(self, train: bool) -> bool:
+        return train and not self.config.frozen_stats

@@ -15,6 +15,8 @@ from flax import linen as nn
 from refseg_jax.errors import UserError
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.positions import sine_positions
+from refseg_jax.models.layers.squares import image_to_squares, mean_of_squares
+from refseg_jax.sharding import on_tpus
 
 VARIANTS = ("v1.5", "v1", "clip")
 
@@ -125,11 +127,14 @@ class ResNet(nn.Module):
 
         The variant "clip" leaves out a last odd row and column: [B, floor(ceil(H/2)/2), ...].
         """
-        x = image
-        for conv in self.stem:
-            x = conv(x, self._by_batch(train))
-        if self.config.variant == "clip":
-            x = _pool(x)
+        clip, x, sides = self.config.variant == "clip", image, [1] * len(self.stem)
+        by_squares = clip and on_tpus() and image.shape[1] % 4 == image.shape[2] % 4 == 0
+        if by_squares:
+            x, sides = image_to_squares(image, 4), [4, 2, 2]
+        for conv, side in zip(self.stem, sides, strict=True):
+            x = conv(x, self._by_batch(train), side)
+        if clip:
+            x = mean_of_squares(x, 2) if by_squares else _pool(x)
         else:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         if self.config.positions:

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from refseg_jax.models.layers.norms import BatchNorm
+from refseg_jax.models.layers.squares import kernel_of_squares
 
 
 class ConvNorm(nn.Module):
@@ -17,6 +17,10 @@ class ConvNorm(nn.Module):
     `__call__(x [B,h,w,C], train) -> [B, ceil(h/stride), ceil(w/stride), dim]`. The zeros around
     the map are as many on all four sides, as in PyTorch: with a stride, Flax's "SAME" has more of
     them on the right and at the bottom.
+
+    With `squares` x has squares of pixels of that side, a multiple of the stride, in its channels,
+    and so has the result (see squares.py): [B,h,w,squares²·C] -> [B,h,w,(squares/stride)²·dim].
+    Not with a dilation.
 
     Attributes:
         dim: channels that come out.
@@ -34,35 +38,52 @@ class ConvNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Conv(
-            self.dim,
-            (self.size, self.size),
-            self.stride,
-            padding=self.size // 2 * self.dilation,
-            kernel_dilation=self.dilation,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            conv_general_dilated=_convolve,
-            name="conv",
-        )(x)
-        x = BatchNorm(dtype=self.dtype, name="norm")(x, train)
+    def __call__(self, x: jax.Array, train: bool, squares: int = 1) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1] // squares**2, self.dim)
+        kernel = _Kernel(shape, name="conv")().astype(self.dtype)
+        x = x.astype(self.dtype)
+        pixels = 1
+        if squares > 1:
+            kernel, around = kernel_of_squares(kernel, squares, self.stride)
+            x = convolve(x, kernel, 1, around)
+            pixels = (squares // self.stride) ** 2
+        else:
+            around = (self.size // 2 * self.dilation,) * 2
+            x = convolve(x, kernel, self.stride, around, self.dilation)
+        x = BatchNorm(dtype=self.dtype, name="norm")(x, train, pixels)
         return x if self.activation is None else self.activation(x)
 
 
-def _convolve(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, **how: Any
+class _Kernel(nn.Module):
+    """Of a convolution, under the name that it has in `nn.Conv`."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        return self.param("kernel", init, self.shape)
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, stride: int, around: tuple[int, int], dilation: int = 1
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`; a CPU multiplies with a 1x1 kernel, in half the time."""
+    """[B,h,w,C] by kernel [n,n,C,D]; on both axes `around` zeros stand (before, after) the map.
+
+    A CPU multiplies with a 1x1 kernel, in half the time.
+    """
     convolution = functools.partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **how
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=(around, around),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     if kernel.shape[:2] != (1, 1):
         return convolution(x, kernel)
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, kernel: x[:, :: strides[0], :: strides[1]] @ kernel[0, 0],
+        cpu=lambda x, kernel: x[:, ::stride, ::stride] @ kernel[0, 0],
         default=convolution,
     )

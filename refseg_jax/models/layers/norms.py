@@ -62,9 +62,16 @@ class BatchNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[..., C] -> same shape; with `train`, by the batch's statistics, which are recorded."""
-        C = x.shape[-1]
+    def __call__(self, x: jax.Array, train: bool, pixels: int = 1) -> jax.Array:
+        """[..., C] -> same shape; with `train`, by the batch's statistics, which are recorded.
+
+        Or [..., pixels·C], so many pixels side by side.
+        """
+        C = x.shape[-1] // pixels
+
+        def each(values: jax.Array) -> jax.Array:
+            return jnp.tile(values, pixels) if pixels > 1 else values
+
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,))
@@ -72,7 +79,10 @@ class BatchNorm(nn.Module):
         x = x.astype(jnp.float32)
         if train:
             others = tuple(range(x.ndim - 1))
-            mean, var = moments(x, others, running_mean.value)
+            mean, var = moments(x, others, each(running_mean.value))
+            if pixels > 1:
+                mean, var = mean.reshape(pixels, C), var.reshape(pixels, C)
+                mean, var = mean.mean(0), var.mean(0) + mean.var(0)
             if not self.is_initializing():
                 count = x.size // C
                 unbiased = var * (count / max(count - 1, 1))
@@ -81,7 +91,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + EPSILON)
-        return ((x - mean) * factor + bias).astype(self.dtype)
+        return ((x - each(mean)) * each(factor) + each(bias)).astype(self.dtype)
 
 
 class SwitchNorm(nn.Module):

@@ -24,16 +24,19 @@ class PatchEmbedding(nn.Module):
         shape = (self.size, self.size, image.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:])
-        image = image.astype(self.dtype)
-        by_groups = _group(image.shape[2] // self.size) >= FEWEST
-        y = jax.lax.platform_dependent(
-            image, kernel, tpu=embed_by_groups if by_groups else embed, default=embed
-        )
-        return add_bias(y, bias)
+        return add_bias(embed_patches(image.astype(self.dtype), kernel), bias)
+
+
+def embed_patches(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`PatchEmbedding` without the bias: by kernel [size,size,c,features], of the image's dtype."""
+    by_groups = _group(image.shape[2] // kernel.shape[0]) >= FEWEST
+    return jax.lax.platform_dependent(
+        image, kernel, tpu=embed_by_groups if by_groups else embed, default=embed
+    )
 
 
 def embed(image: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`PatchEmbedding` without the bias, as the convolution that it is."""
+    """`embed_patches` as the convolution that it is."""
     return jax.lax.conv_general_dilated(
         image, kernel, kernel.shape[:2], "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -52,7 +55,7 @@ def _group(patches: int) -> int:
 
 
 def embed_by_groups(image: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`embed` as a product for TPUs."""
+    """`embed_patches` as a product for TPUs."""
     (B, H, W, channels), (size, _, _, features) = image.shape, kernel.shape
     h, w = H // size, W // size
     group = _group(w)
