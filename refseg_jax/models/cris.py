@@ -21,6 +21,7 @@ from refseg_jax.losses.segmentation import masked_mean, sigmoid_bce
 from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
 from refseg_jax.models.layers.sentence import sentence_vector
@@ -195,7 +196,7 @@ class DecoderLayer(nn.Module):
         dropout = nn.Dropout(cfg.dropout, deterministic=not train)
 
         def norm(x: jax.Array, name: str) -> jax.Array:
-            return _norm(self.dtype, name=name)(x)
+            return LayerNorm(EPSILON, self.dtype, name=name)(x)
 
         def attention(name: str) -> Attention:
             return Attention(cfg.heads, cfg.dropout, self.dtype, name=name)
@@ -235,7 +236,7 @@ class Decoder(nn.Module):
         for i in range(self.config.decoder_layers):
             layer = DecoderLayer(self.config, self.dtype, name=f"layer{i}")
             pixels = layer(pixels, words, *places, token_mask, train)
-        return _norm(self.dtype, name="norm")(pixels).reshape(x.shape)
+        return LayerNorm(EPSILON, self.dtype, name="norm")(pixels).reshape(x.shape)
 
 
 class DoubleConv(nn.Module):
@@ -288,13 +289,13 @@ class Projector(nn.Module):
         cells, shift = said[:, :-1].reshape(-1, C, 9), said[:, -1]
         mixed = jnp.einsum("cd,bdk->bck", weight.astype(self.dtype), cells)
         products = jnp.einsum(
-            "bhwc,bck->bhwk", x, mixed.astype(self.dtype), preferred_element_type=jnp.float32
+            "bck,bhwc->bkhw", mixed.astype(self.dtype), x, preferred_element_type=jnp.float32
         )
-        products += jnp.einsum("d,bdk->bk", bias, cells)[:, None, None]
+        products += jnp.einsum("d,bdk->bk", bias, cells)[:, :, None, None]
         # Beyond the border V W + b is 0, and so are its products.
-        products = jnp.pad(products, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        products = jnp.pad(products, ((0, 0), (0, 0), (1, 1), (1, 1)))
         h, w = x.shape[1:3]
-        logits = sum(products[:, k // 3 :, k % 3 :, k][:, :h, :w] for k in range(9))
+        logits = sum(products[:, k, k // 3 :, k % 3 :][:, :h, :w] for k in range(9))
         return logits + shift[:, None, None]
 
 
@@ -346,7 +347,3 @@ class CRIS(nn.Module):
         )
         mask = mask[:, rows[:, None], columns]
         return masked_mean(sigmoid_bce(logits, mask), valid), {}
-
-
-# Flax's own variance, E[x²] - E[x]², cancels on large activations.
-_norm = functools.partial(nn.LayerNorm, EPSILON, use_fast_variance=False)

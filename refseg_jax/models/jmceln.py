@@ -196,6 +196,29 @@ class Stage(nn.Module):
         return queries, after
 
 
+class Classifier(nn.Module):
+    """Logits of two classes, background and foreground: the second's minus the first's.
+
+    [B, h, w, C] -> float32 [B, h, w]. Parameters `kernel` [C, 2], `bias` [2], of which only the
+    differences are needed: a TPU would have an array of two classes in two lanes of its 128.
+    """
+
+    prior: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init, log_odds = nn.initializers.lecun_normal(), 0.0
+        if self.prior:
+            init = nn.initializers.normal(0.02)
+            log_odds = math.log(self.prior / (1 - self.prior))
+        kernel = self.param("kernel", init, (x.shape[-1], 2))
+        bias = self.param("bias", lambda _: jnp.array([0.0, log_odds]))
+        kernel, bias = kernel[:, 1] - kernel[:, 0], bias[1] - bias[0]
+        kernel = kernel.astype(self.dtype)
+        return jnp.einsum("bhwc,c->bhw", x, kernel, preferred_element_type=jnp.float32) + bias
+
+
 class Upsampling(nn.Module):
     """Section 3.5: doubles the map up to the image's size, and classifies the pixels.
 
@@ -209,24 +232,13 @@ class Upsampling(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int], train: bool) -> jax.Array:
-        """[B, h, w, dim], size (H, W) -> class logits float32 [B, H, W, 2]."""
+        """[B, h, w, dim], size (H, W) -> the `Classifier`'s logits float32 [B, H, W]."""
         for i in range(self.doublings):
             _, h, w, C = x.shape
             kernel = self.param(f"kernel{i}", nn.initializers.he_normal(), (3, 3, C, C // 2))
             x = resized_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
             x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train))
-        init, bias = nn.initializers.lecun_normal(), jnp.zeros(2)
-        if self.prior:
-            init = nn.initializers.normal(0.02)
-            bias = jnp.array([0.0, math.log(self.prior / (1 - self.prior))])
-        classifier = Dense(
-            2,
-            dtype=self.dtype,
-            kernel_init=init,
-            bias_init=lambda *_: bias,
-            name="classifier",
-        )
-        return resize_bilinear(classifier(x).astype(jnp.float32), size)
+        return resize_bilinear(Classifier(self.prior, self.dtype, name="classifier")(x), size)
 
 
 class JMCELN(nn.Module):
@@ -282,8 +294,7 @@ class JMCELN(nn.Module):
             maps.append(mask)
 
         def masks(x: jax.Array) -> jax.Array:
-            classes = self.upsampling(x, image.shape[1:3], train)
-            return classes[..., 1] - classes[..., 0]
+            return self.upsampling(x, image.shape[1:3], train)
 
         outputs = {"logits": masks(mask)}
         if details:
