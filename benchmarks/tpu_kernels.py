@@ -113,6 +113,8 @@ def straighten(jaxpr: Jaxpr, step: dict[int, int], loop: int | None = None) -> S
             # What jax.lax.fori_loop makes: from a number, at least 0, to another.
             constants = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
             end = inputs[constants + 1]
+            if isinstance(end, Literal):
+                return constants, int(end.val)
             if end not in most:
                 raise ValueError(
                     "how often a kernel's loop runs at most is not known: it must end at a "

@@ -51,7 +51,11 @@ def like_a_tpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Kernels run on the CPU, in any dtype."""
+    """Kernels run on the CPU, in any dtype; for the rest of the module.
+
+    They are traced once for arrays of the same shapes: a test that changes what they are made of
+    needs other shapes than those before.
+    """
     import jax
     from jax.experimental import pallas as pl
 

@@ -258,12 +258,19 @@ def test_cores_share_a_kernel_where_an_axis_says_so_and_divides():
     assert share("parallel", "arbitrary") == share("arbitrary", "arbitrary") == share() == 1
 
 
-def test_a_loop_without_a_known_end_is_named():
-    def sums(x, y):
-        y[0, 0] = jax.lax.fori_loop(0, x[0, 0], lambda i, total: total + i, 0)
+def test_a_loop_runs_as_often_as_it_may_or_is_named():
+    def sums(start, end):
+        def kernel(x, y):
+            first, last = start(x[0, 0]), end(x[0, 0])
+            y[0, 0] = jax.lax.fori_loop(first, last, lambda i, total: total + i, 0)
 
+        return kernel_of(kernel).params["jaxpr"]
+
+    for end in (lambda _: 7), (lambda n: jnp.minimum(n, 7)):
+        for start in (lambda _: 0), (lambda n: n):
+            assert tpu_kernels.straighten(sums(start, end), {}).lengths == (7,)
     with pytest.raises(ValueError, match=r"end at a number or at jnp.minimum\(data, number\)"):
-        tpu_kernels.straighten(kernel_of(sums).params["jaxpr"], {})
+        tpu_kernels.straighten(sums(lambda _: 0, lambda n: n), {})
 
 
 def test_the_page_has_the_tables_of_the_record():

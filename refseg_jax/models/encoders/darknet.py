@@ -91,7 +91,7 @@ class DarkNet(nn.Module):
         """Image [B, H, W, 3] -> [B, ceil(H/4), ceil(W/4), widths[0]]."""
         x, sides = image, [1] * len(self.stem)
         if on_tpus() and image.shape[1] % 4 == image.shape[2] % 4 == 0:
-            x, sides = image_to_squares(image, 4), [4, 4, 2, 2]
+            x, sides = image_to_squares(image.astype(self.dtype), 4), [4, 4, 2, 2]
         for layer, side in zip(self.stem, sides, strict=True):
             x = layer(x, self._by_batch(train), side)
         return x

@@ -130,7 +130,7 @@ class ResNet(nn.Module):
         clip, x, sides = self.config.variant == "clip", image, [1] * len(self.stem)
         by_squares = clip and on_tpus() and image.shape[1] % 4 == image.shape[2] % 4 == 0
         if by_squares:
-            x, sides = image_to_squares(image, 4), [4, 2, 2]
+            x, sides = image_to_squares(image.astype(self.dtype), 4), [4, 2, 2]
         for conv, side in zip(self.stem, sides, strict=True):
             x = conv(x, self._by_batch(train), side)
         if clip:

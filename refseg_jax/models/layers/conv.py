@@ -44,6 +44,7 @@ class ConvNorm(nn.Module):
         x = x.astype(self.dtype)
         pixels = 1
         if squares > 1:
+            assert self.dilation == 1 and squares % self.stride == 0
             kernel, around = kernel_of_squares(kernel, squares, self.stride)
             x = convolve(x, kernel, 1, around)
             pixels = (squares // self.stride) ** 2

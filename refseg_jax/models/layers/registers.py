@@ -12,7 +12,7 @@ LANES = 128  # Of a register, and the channels that fill it.
 def traced_once(*static: int) -> Callable:
     """Decorates what calls a kernel, whose arguments at `static` are no arrays.
 
-    A model has many layers of the same sizes: their kernel is traced and lowered but once.
+    A model has many layers of the same shapes: their kernel is traced and lowered but once.
     """
     return functools.partial(jax.jit, static_argnums=static)
 

@@ -4,7 +4,8 @@ A TPU has a map's channels in the lanes of its registers, 128 of them. The first
 have 3 to 64 channels and most of its pixels, so that moving and multiplying empty lanes takes most
 of the time there. With 2 x 2 or 4 x 4 pixels side by side the lanes are full, and a convolution is
 one of squares, with a kernel that is zero where a square's pixels are out of the window's reach:
-up to several times the work, in a third of the time (docs/scale.md). Other devices work on pixels.
+up to sixteen times the work, in about a third of the time (docs/scale.md). Other devices work on
+pixels.
 
 A map of `side` squares is [B,h,w,side²·C]: pixels row by row, each with its C channels.
 """
