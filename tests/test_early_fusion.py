@@ -13,7 +13,9 @@ from refseg_jax import models
 from refseg_jax.errors import UserError
 from refseg_jax.losses.segmentation import two_class_loss
 from refseg_jax.models.crossvlt import CrossVLTConfig
-from refseg_jax.models.layers.norms import BatchNorm
+from refseg_jax.models.encoders.bert import MemoryAttention
+from refseg_jax.models.layers.early_fusion import PixelWordAttention
+from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.optim import assign_groups, make_optimizer
 from refseg_jax.train import train_step
 from refseg_jax.train_state import init_state, init_variables
@@ -141,6 +143,72 @@ def test_loss_of_logits_that_know_nothing(align_at):
     loss, scalars = build(config).loss(outputs, mask, np.array([True, False]), jax.random.key(0))
     np.testing.assert_allclose(loss, (2 + 4) * np.log(2), rtol=1e-6)
     assert set(scalars) == {"loss_task", *(f"loss_align{i}" for i in (1, 2, 3, 4))}
+
+
+def test_pixels_ask_words_as_defined():
+    """Normalised queries, keys and values split into heads, a linear layer and a norm."""
+    rng = np.random.default_rng(0)
+    B, h, w, C, T, D, dim, heads = 3, 5, 4, 6, 7, 9, 8, 2
+    vision = jnp.asarray(rng.normal(1, 2, (B, h, w, C)))
+    language = jnp.asarray(rng.normal(size=(B, T, D)))
+    token_mask = np.arange(T) < np.array([[7], [4], [2]])
+    module = PixelWordAttention(dim, heads, scale=0.7)
+    params = module.init(jax.random.key(0), vision, language, token_mask)["params"]
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
+
+    def defined(params, vision):
+        def linear(x, name):
+            return x @ params[name]["kernel"] + params[name]["bias"]
+
+        def normal(x):
+            return (x - x.mean(1, keepdims=True)) / jnp.sqrt(x.var(1, keepdims=True) + EPSILON)
+
+        def split(x):
+            return x.reshape(B, -1, heads, dim // heads)
+
+        q = split(normal(linear(vision.reshape(B, h * w, C), "query")))
+        k, v = split(linear(language, "key")), split(linear(language, "value"))
+        logits = 0.7 * jnp.einsum("bnhd,bthd->bhnt", q, k)
+        logits = jnp.where(token_mask[:, None, None], logits, -1e30)
+        y = jnp.einsum("bhnt,bthd->bnhd", jax.nn.softmax(logits), v).reshape(B, h * w, dim)
+        return normal(linear(y, "out")).reshape(vision.shape)
+
+    cotangent = rng.normal(size=vision.shape)
+
+    def results(function):
+        y, pull_back = jax.vjp(function, params, vision)
+        return y, *pull_back(cotangent)
+
+    def ours(params, vision):
+        return module.apply({"params": params}, vision, language, token_mask)
+
+    for a, b in zip(results(ours), results(defined), strict=True):
+        # Biases of keys, and before a norm, have the gradient 0: the others are the measure of it.
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(b))
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4 * largest)
+        jax.tree.map(close, a, b)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_tokens_ask_a_memory_as_defined(rate):
+    rng = np.random.default_rng(0)
+    q, memory = rng.normal(size=(2, 3, 4, 8)), rng.normal(size=(2, 10, 6))
+    kept = rng.random((2, 4, 3, 10)) >= rate
+    params = {"kernel": rng.normal(size=(6, 64)), "bias": rng.normal(size=64)}
+
+    class Dropout:
+        deterministic = False
+
+        def __call__(self, weights):
+            return weights * kept / (1 - rate)
+
+    dropout = Dropout()
+    dropout.rate = rate
+    ours = MemoryAttention().apply({"params": params}, q, memory, dropout)
+    k, v = np.moveaxis((memory @ params["kernel"] + params["bias"]).reshape(2, 10, 2, 4, 8), 2, 0)
+    weights = dropout(jax.nn.softmax(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8)))
+    theirs = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_two_class_loss_weighs_the_pixels_of_the_whole_batch():

@@ -200,10 +200,8 @@ class CrossVLT(nn.Module):
                 if fused:  # Eq. 3-4.
                     update = self.merged_fusions[i](vision, language, token_mask)
                     vision = self.merged_gates[i](vision, update)
-        class_logits = self.decoder(features, image.shape[1:3], train)
         return {
-            "logits": class_logits[..., 1] - class_logits[..., 0],
-            "class_logits": class_logits,
+            **self.decoder(features, image.shape[1:3], train),
             "stage_logits": stage_logits,
         }
 

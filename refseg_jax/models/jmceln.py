@@ -22,6 +22,7 @@ from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision
 from refseg_jax.models.encoders.swin import WindowAttention
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.conv import ConvNorm
+from refseg_jax.models.layers.decoder import class_difference
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.depthwise import DepthwiseConv
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm, SwitchNorm
@@ -199,8 +200,7 @@ class Stage(nn.Module):
 class Classifier(nn.Module):
     """Logits of two classes, background and foreground: the second's minus the first's.
 
-    [B, h, w, C] -> float32 [B, h, w]. Parameters `kernel` [C, 2], `bias` [2], of which only the
-    differences are needed: a TPU would have an array of two classes in two lanes of its 128.
+    [B, h, w, C] -> float32 [B, h, w]. Parameters `kernel` [C, 2], `bias` [2].
     """
 
     prior: float = 0.0
@@ -214,9 +214,7 @@ class Classifier(nn.Module):
             log_odds = math.log(self.prior / (1 - self.prior))
         kernel = self.param("kernel", init, (x.shape[-1], 2))
         bias = self.param("bias", lambda _: jnp.array([0.0, log_odds]))
-        kernel, bias = kernel[:, 1] - kernel[:, 0], bias[1] - bias[0]
-        kernel = kernel.astype(self.dtype)
-        return jnp.einsum("bhwc,c->bhw", x, kernel, preferred_element_type=jnp.float32) + bias
+        return class_difference(x, kernel, bias)
 
 
 class Upsampling(nn.Module):

@@ -94,11 +94,7 @@ class LAVT(nn.Module):
             features.append(fusion(vision, language, token_mask))
             # The last gate's result goes nowhere; published checkpoints have it all the same.
             vision = gate(vision, features[-1])
-        class_logits = self.decoder(features, image.shape[1:3], train)
-        return {
-            "logits": class_logits[..., 1] - class_logits[..., 0],
-            "class_logits": class_logits,
-        }
+        return self.decoder(features, image.shape[1:3], train)
 
     def loss(
         self, outputs: dict[str, jax.Array], mask: jax.Array, valid: jax.Array, key: jax.Array

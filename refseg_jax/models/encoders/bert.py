@@ -68,6 +68,33 @@ class BertEmbeddings(nn.Module):
         return nn.Dropout(c.dropout, deterministic=not train)(x)
 
 
+class MemoryAttention(nn.Module):
+    """Few tokens attend to many rows of a memory, whose keys and values are never made.
+
+    A query times W_k x + b_k is (W_k^T times the query) times x, and a number for all x, which the
+    softmax takes away; the average of W_v x + b_v is W_v times that of x, and b_v. Parameters
+    `kernel` [C, 2 D], `bias` [2 D] are those of one linear layer for keys and values.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, q: jax.Array, memory: jax.Array, dropout: nn.Dropout) -> jax.Array:
+        """q [B, T, heads, d], memory [B, S, C] -> [B, T, heads, d]; `dropout` of the weights."""
+        *_, heads, d = q.shape
+        kernel = self.param("kernel", _INIT, (memory.shape[-1], 2 * heads * d))
+        bias = self.param("bias", nn.initializers.zeros, (2 * heads * d,))
+        of_key, of_value = jnp.moveaxis(kernel.astype(self.dtype).reshape(-1, 2, heads, d), 1, 0)
+        shift = bias.reshape(2, heads, d)[1]
+        asked = jnp.einsum("bqhd,chd->bhqc", q, of_key)
+        logits = jnp.einsum("bhqc,bsc->bhqs", asked, memory, preferred_element_type=jnp.float32)
+        weights = dropout(jax.nn.softmax(logits * d**-0.5))
+        dropped = dropout.rate and not dropout.deterministic
+        total = weights.sum(-1).mT[..., None] if dropped else 1.0  # Of the weights that are left.
+        gathered = jnp.einsum("bhqs,bsc->bhqc", weights.astype(self.dtype), memory)
+        return jnp.einsum("bhqc,chd->bqhd", gathered, of_value) + (total * shift).astype(self.dtype)
+
+
 class BertLayer(nn.Module):
     """Post-norm attention and feed-forward.
 
@@ -94,15 +121,16 @@ class BertLayer(nn.Module):
 
         if memory is None:
             q, k, v = heads(dense(3 * D, name="qkv")(x), 3)
+            logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+            # A finite minimum leaves a row of padding without any token uniform instead of NaN.
+            lowest = jnp.finfo(jnp.float32).min
+            logits = jnp.where(token_mask[:, None, None, :], logits * d**-0.5, lowest)
+            weights = dropout(jax.nn.softmax(logits)).astype(self.dtype)
+            y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
         else:
             (q,) = heads(dense(D, name="query")(x), 1)
-            k, v = heads(dense(2 * D, name="key_value")(memory), 2)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * d**-0.5
-        if memory is None:
-            # A finite minimum leaves a row of padding without any token uniform instead of NaN.
-            logits = jnp.where(token_mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        weights = dropout(jax.nn.softmax(logits)).astype(self.dtype)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(B, T, D)
+            y = MemoryAttention(self.dtype, name="key_value")(q, memory, dropout)
+        y = y.reshape(B, T, D)
         x = _norm(c, self.dtype, "norm1")(x + dropout(dense(D, name="proj")(y)))
 
         y = dense(D, name="fc2")(gelu(dense(c.intermediate, name="fc1")(x)))

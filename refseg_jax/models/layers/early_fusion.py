@@ -3,13 +3,18 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refseg_jax.models.layers.dense import Dense
-from refseg_jax.models.layers.norms import instance_norm
+from refseg_jax.models.layers.norms import instance_norm, instance_statistics
 
 
 class PixelWordAttention(nn.Module):
     """Multi-head attention in which pixels ask words, with instance norms on the pixels' side.
+
+    Pixels are many and words are few: what can be done with the words is done with them. The first
+    norm, of the queries, is applied to keys, the layer behind to values, and pixels are never split
+    into heads: the heads' words lie side by side, with zeros for the others' channels.
 
     Attributes:
         dim: joint width of queries, keys and values.
@@ -38,20 +43,27 @@ class PixelWordAttention(nn.Module):
         def dense(width: int, name: str) -> Dense:
             return Dense(width, dtype=self.dtype, name=name)
 
-        def split(x: jax.Array) -> jax.Array:
-            return x.reshape(*x.shape[:2], self.heads, self.dim // self.heads)
+        def of_heads(words: jax.Array) -> jax.Array:
+            """[B,T,dim] -> [B,heads,T,dim] with each head's own channels, and zeros."""
+            own = np.kron(np.eye(self.heads), np.ones(self.dim // self.heads))
+            return words[:, None] * jnp.asarray(own[:, None], words.dtype)
 
         B, h, w, C = vision.shape
         query = dense(self.dim, "query")(vision.reshape(B, h * w, C))
-        gathered = jax.nn.dot_product_attention(
-            split(instance_norm(query)),
-            split(dense(self.dim, "key")(language)),
-            split(dense(self.dim, "value")(language)),
-            mask=token_mask[:, None, None, :],
-            scale=self.scale,
+        mean, factor = instance_statistics(query)
+        scale = self.scale or (self.dim / self.heads) ** -0.5
+        keys = dense(self.dim, "key")(language).astype(jnp.float32) * factor * scale
+        keys = of_heads(keys.astype(self.dtype))
+        logits = jnp.einsum("bnc,bhtc->bhtn", query, keys, preferred_element_type=jnp.float32)
+        logits -= jnp.einsum(
+            "bnc,bhtc->bhtn", mean, keys.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
-        gathered = dense(C, "out")(gathered.reshape(B, h * w, self.dim))
-        return instance_norm(gathered).reshape(vision.shape)
+        # A finite minimum leaves a sample without any token uniform instead of NaN.
+        logits = jnp.where(token_mask[:, None, :, None], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, 2).astype(self.dtype)
+        # The bias comes once for each head. It is the same in all pixels: the norm takes it away.
+        values = dense(C, "out")(of_heads(dense(self.dim, "value")(language)))
+        return instance_norm(jnp.einsum("bhtn,bhtc->bnc", weights, values)).reshape(vision.shape)
 
 
 class GatedResidual(nn.Module):

@@ -12,6 +12,15 @@ def instance_norm(x: jax.Array) -> jax.Array:
 
     Nothing is learned. Computed in float32; the dtype of `x` is kept.
     """
+    mean, factor = instance_statistics(x)
+    return ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype)
+
+
+def instance_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mean, 1 / standard deviation), float32 [B,1,C], of every channel of [B,S,C] over its pixels.
+
+    `EPSILON` is added to the variance.
+    """
     y = x.astype(jnp.float32)
     if x.dtype == jnp.bfloat16:
         # What `moments` loses of the variance is less than what rounding to bfloat16 added to it.
@@ -19,7 +28,7 @@ def instance_norm(x: jax.Array) -> jax.Array:
         mean, var = mean[:, None], var[:, None]
     else:
         mean, var = y.mean(1, keepdims=True), y.var(1, keepdims=True)
-    return ((y - mean) * jax.lax.rsqrt(var + EPSILON)).astype(x.dtype)
+    return mean, jax.lax.rsqrt(var + EPSILON)
 
 
 def moments(x: jax.Array, axes: tuple[int, ...], near: jax.Array) -> tuple[jax.Array, jax.Array]:
