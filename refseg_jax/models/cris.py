@@ -19,6 +19,7 @@ import numpy as np
 from refseg_jax.errors import UserError
 from refseg_jax.losses.segmentation import masked_mean, sigmoid_bce
 from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.layer_norm import LayerNorm
@@ -163,15 +164,22 @@ class Attention(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (3 * C,))
         weights, shifts = (jnp.split(x.astype(self.dtype), 3, -1) for x in (kernel, bias))
         query, key, value = (
-            (x @ weight + shift).reshape(*x.shape[:2], self.heads, -1)
+            x @ weight + shift
             for x, weight, shift in zip((queries, keys, values), weights, shifts, strict=True)
         )
-        logits = jnp.einsum("bnhd,bthd->bhnt", query, key, preferred_element_type=jnp.float32)
-        logits /= math.sqrt(C / self.heads)
-        if key_mask is not None:
-            logits = jnp.where(key_mask[:, None, None], logits, -1e9)
-        attention = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits))
-        gathered = jnp.einsum("bhnt,bthd->bnhd", attention.astype(self.dtype), value)
+        width = C // self.heads
+        if key_mask is None and not (train and self.dropout):
+            gathered = self_attention(query / math.sqrt(width), key, value, self.heads)
+        else:
+            query, key, value = (
+                x.reshape(*x.shape[:2], self.heads, width) for x in (query, key, value)
+            )
+            logits = jnp.einsum("bnhd,bthd->bhnt", query, key, preferred_element_type=jnp.float32)
+            logits /= math.sqrt(width)
+            if key_mask is not None:
+                logits = jnp.where(key_mask[:, None, None], logits, -1e9)
+            attention = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits))
+            gathered = jnp.einsum("bhnt,bthd->bnhd", attention.astype(self.dtype), value)
         return Dense(C, dtype=self.dtype, name="out")(gathered.reshape(queries.shape))
 
 

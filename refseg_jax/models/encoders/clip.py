@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from refseg_jax.models.encoders.resnet import ResNet, ResNetConfig
+from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.resize import resize_bicubic
@@ -107,10 +108,8 @@ class AttentionPool(nn.Module):
             init = nn.initializers.normal(C**-0.5)
             return Dense(width, dtype=self.dtype, kernel_init=init, name=name)
 
-        def split(name: str) -> jax.Array:
-            return dense(C, name)(cells).reshape(B, h * w, self.heads, -1)
-
-        y = jax.nn.dot_product_attention(split("query"), split("key"), split("value"))
+        query, key, value = (dense(C, name)(cells) for name in ("query", "key", "value"))
+        y = self_attention(query * (C / self.heads) ** -0.5, key, value, self.heads)
         y = dense(self.embed_dim, "out")(y.reshape(B, h, w, C))
         connect = ConvNorm(self.embed_dim, 1, dtype=self.dtype, name="connect")
         return nn.relu(y + connect(x, train))
