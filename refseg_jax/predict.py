@@ -25,7 +25,7 @@ from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.models.layers.resize import resize_bicubic, resize_bilinear
 from refseg_jax.processes import use_compile_cache
-from refseg_jax.sharding import on_mesh
+from refseg_jax.sharding import jit_on_mesh
 from refseg_jax.train_state import init_variables
 
 INPUTS = ("image", "tokens", "token_mask")  # What of a batch the model sees.
@@ -53,9 +53,9 @@ def make_predict_step(model: nn.Module, out_sharding: Any = None) -> PredictFn:
             return resize_bicubic(jax.nn.sigmoid(logits), size, align_corners=True)
         return jax.nn.sigmoid(resize_bilinear(logits, size))
 
-    if out_sharding is not None:
-        predict = on_mesh(out_sharding.mesh, predict)
-    return jax.jit(predict, out_shardings=out_sharding)
+    if out_sharding is None:
+        return jax.jit(predict)
+    return jit_on_mesh(out_sharding.mesh, predict, out_shardings=out_sharding)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,16 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     return traced
 
 
+def jit_on_mesh(mesh: Mesh, function: Callable, **options: Any) -> Callable:
+    """`jax.jit` of `on_mesh`, with what the compiler for its devices has to be told."""
+    told = None
+    if mesh.devices.flat[0].platform == "tpu":
+        # Else it brings the largest array it can into the vector memory before a step begins: the
+        # table of words, in whose place no map can lie until a few of its rows have been picked.
+        told = {"xla_msa_max_cross_program_prefetches": "0"}
+    return jax.jit(on_mesh(mesh, function), compiler_options=told, **options)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over every device."""
     return NamedSharding(mesh, PartitionSpec(AXES))

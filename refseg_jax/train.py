@@ -28,8 +28,8 @@ from refseg_jax.predict import make_predict_step
 from refseg_jax.processes import agree, meet
 from refseg_jax.sharding import (
     batch_sharding,
+    jit_on_mesh,
     make_mesh,
-    on_mesh,
     replicated,
     state_sharding,
     to_device,
@@ -123,8 +123,9 @@ def make_train_step(
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema_decay,
     )
-    return jax.jit(
-        on_mesh(mesh, step),
+    return jit_on_mesh(
+        mesh,
+        step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

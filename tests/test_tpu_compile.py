@@ -17,7 +17,7 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is 
 from benchmarks import tpu_compile, tpu_kernels  # noqa: E402
 from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
 from refseg_jax.models.layers.layer_norm import normalize_in_kernel  # noqa: E402
-from refseg_jax.sharding import batch_sharding, on_mesh, on_tpus  # noqa: E402
+from refseg_jax.sharding import batch_sharding, jit_on_mesh, on_mesh, on_tpus, replicated  # noqa: E402
 from tests.conftest import REPO  # noqa: E402
 
 ROWS = [json.loads(line) for line in (tpu_compile.DOCS / "scale.jsonl").read_text().splitlines()]
@@ -86,6 +86,23 @@ def test_a_device_is_a_chip(kind):
     host = tpu_compile.mesh_of(f"{kind}:{chip.host}")
     assert host.size == 4 and on_mesh(host, on_tpus)()
     assert tpu_compile.mesh_of(f"{kind}:{chip.pod}").size == 256
+
+
+@pytest.mark.parametrize("kind", tpu_compile.CHIPS)
+def test_no_table_of_words_takes_the_place_of_maps(kind):
+    def function(x, weights, table, words):
+        return (jax.nn.relu(x @ weights) @ weights).sum() + table[words].sum()
+
+    mesh = tpu_compile.mesh_of(f"{kind}:{tpu_compile.CHIPS[kind].host}")
+    shapes = (8192, 512), (512, 512), (30522, 768), (136,)
+    arrays = [
+        jax.ShapeDtypeStruct(x, jnp.float32, sharding=replicated(mesh)) for x in shapes[:3]
+    ] + [jax.ShapeDtypeStruct(shapes[3], jnp.int32, sharding=replicated(mesh))]
+    early = [
+        "cross_program_prefetch_index" in jitted.lower(*arrays).compile().as_text()
+        for jitted in (jax.jit(function), jit_on_mesh(mesh, function))
+    ]
+    assert early == [True, False]
 
 
 def test_a_step_too_large_does_not_fit(fast, monkeypatch):
