@@ -7,6 +7,7 @@ mask's logits are L_e . V_e. Sections and equations are the paper's.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from refseg_jax.models.encoders.bert import Bert, BertConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.deformable import DeformableEncoder
-from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.dense import Dense, Weights
 from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear
@@ -116,25 +117,22 @@ class VLBA(nn.Module):
         def fusion(name):
             return GatedFusion(self.fuse_hidden, self.gate_hidden, self.dtype, name=name)
 
-        query = dense(channels, "vision_query")(vision)
+        # Words are few: the layers of eq. 1-3 that take every pixel are applied to the words, or to
+        # what they have gathered. Weights of sum 1 leave a bias what it is.
+        to_query, query_bias = Weights(channels, dtype=self.dtype, name="vision_query")(channels)
         key = dense(channels, "language_key")(language)
-        attention = jnp.einsum("bsc,btc->bst", query, key, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        attention = product("bsc,btc->bst", vision, key @ to_query.T)
+        attention += product("btc,c->bt", key, query_bias)[:, None]
         attention /= math.sqrt(channels)  # Eq. 1.
         over_tokens = jax.nn.softmax(jnp.where(token_mask[:, None], attention, -1e9), axis=2)
-        from_language = jnp.einsum(
-            "bst,btc->bsc",
-            over_tokens.astype(self.dtype),
-            dense(channels, "language_value")(language),
-        )
-        updated = fusion("vision_fusion")(vision, dense(channels, "w1")(from_language))  # Eq. 2.
+        value = dense(channels, "w1")(dense(channels, "language_value")(language))
+        from_language = jnp.einsum("bst,btc->bsc", over_tokens.astype(self.dtype), value)
+        updated = fusion("vision_fusion")(vision, from_language)  # Eq. 2.
         if self.update_language:
             over_pixels = jax.nn.softmax(attention, axis=1)
-            from_vision = jnp.einsum(
-                "bst,bsc->btc",
-                over_pixels.astype(self.dtype),
-                dense(channels, "vision_value")(vision),
-            )
-            response = dense(width, "w2")(from_vision)  # Eq. 3.
+            from_vision = jnp.einsum("bst,bsc->btc", over_pixels.astype(self.dtype), vision)
+            response = dense(width, "w2")(dense(channels, "vision_value")(from_vision))  # Eq. 3.
             language = fusion("language_fusion")(language, response)
         return updated, language
 

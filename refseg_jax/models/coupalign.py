@@ -24,7 +24,7 @@ from refseg_jax.models.encoders.resnet import ResNet, ResNetConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.decoder import ConvBlock
-from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.dense import Dense, Weights
 from refseg_jax.models.layers.early_fusion import GatedResidual
 from refseg_jax.models.layers.norms import EPSILON
 from refseg_jax.models.layers.positions import sine_positions
@@ -125,20 +125,24 @@ class WPA(nn.Module):
         def gated(name: str) -> GatedResidual:
             return GatedResidual(self.dtype, self.shut_gates, name=name)
 
-        pixels = dense(self.dim, "vision_in")(vision.reshape(B, h * w, C))
+        # Words are few: what eq. 4 and 5 do with V^ of every pixel is done with the words instead.
+        projection, _ = Weights(self.dim, False, self.dtype, name="vision_in")(C)
+        pixels = vision.reshape(B, h * w, C)
         words = dense(self.dim, "language_in")(language)
-        attention = jnp.einsum("bsd,btd->bst", pixels, words, preferred_element_type=jnp.float32)
+        attention = jnp.einsum(
+            "bsc,btc->bst", pixels, words @ projection.T, preferred_element_type=jnp.float32
+        )
         attention /= math.sqrt(self.dim)  # Eq. 4.
         over_words = jax.nn.softmax(jnp.where(token_mask[:, None], attention, -1e9), axis=2)
         over_pixels = jax.nn.softmax(attention, axis=1)
-        # Eq. 5; projecting the words before their average instead of each pixel's is the same.
         for_pixels = jnp.einsum(
             "bst,btc->bsc", over_words.astype(self.dtype), dense(C, "vision_out")(words)
         )
         vision = gated("vision_gate")(vision, for_pixels.reshape(vision.shape))
         if self.update_language:
-            for_words = jnp.einsum("bst,bsd->btd", over_pixels.astype(self.dtype), pixels)
-            language = gated("language_gate")(language, dense(D, "language_out")(for_words))
+            for_words = jnp.einsum("bst,bsc->btc", over_pixels.astype(self.dtype), pixels)
+            for_words = dense(D, "language_out")(for_words @ projection)
+            language = gated("language_gate")(language, for_words)
         return vision, language, over_pixels.mT.reshape(B, T, h, w)
 
 

@@ -23,6 +23,26 @@ class Dense(nn.Dense):
         return add_bias(y, self.param("bias", self.bias_init, shape[1:], self.param_dtype))
 
 
+class Weights(nn.Module):
+    """The parameters of a `Dense` layer from C channels, for a product in which it is hidden.
+
+    `__call__(C) -> (kernel [C, features], bias [features] or None)`, in `dtype`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, C: int) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (C, self.features))
+        kernel = kernel.astype(self.dtype)
+        if not self.use_bias:
+            return kernel, None
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return kernel, bias.astype(self.dtype)
+
+
 class SplitDense(nn.Module):
     """`parts` dense layers of `features` whose parameters lie side by side in one `kernel`.
 
