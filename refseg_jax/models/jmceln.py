@@ -204,7 +204,6 @@ class Classifier(nn.Module):
     """
 
     prior: float = 0.0
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -236,7 +235,7 @@ class Upsampling(nn.Module):
             kernel = self.param(f"kernel{i}", nn.initializers.he_normal(), (3, 3, C, C // 2))
             x = resized_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
             x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train))
-        return resize_bilinear(Classifier(self.prior, self.dtype, name="classifier")(x), size)
+        return resize_bilinear(Classifier(self.prior, name="classifier")(x), size)
 
 
 class JMCELN(nn.Module):

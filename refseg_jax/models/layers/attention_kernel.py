@@ -12,19 +12,20 @@ from refseg_jax.models.layers.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 # The kernel takes as many heads at a time as fill the lanes of a register, all their keys, and so
-# many queries that there are as many logits as this of a head at most.
+# many queries that there are about as many logits as this of a head at most.
 LOGITS = 1 << 19
 MOST_KEYS = 4096
 
 
 def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """softmax(q k^T) v of each head; `q` is scaled: 3 x [B,N,C] -> [B,N,C], in the dtype of `q`.
+    """softmax(q k^T) v of each head; `q` is scaled: q [B,N,C], k, v [B,T,C] -> [B,N,C].
 
-    Logits and softmax are float32. On a TPU, bfloat16 arrays that fill its registers go through a
-    kernel, in which logits never leave the chip; XLA writes them to memory.
+    In the dtype of `q`; logits and softmax are float32. On a TPU, bfloat16 arrays that fill its
+    registers go through a kernel where T = N, in which logits never leave the chip; XLA writes them
+    to memory.
     """
     plain = functools.partial(attend, heads=heads)
-    if fits_kernel(q, heads):
+    if q.shape == k.shape and fits_kernel(q, heads):
         kernel = functools.partial(attend_in_kernel, heads=heads)
         return jax.lax.platform_dependent(q, k, v, tpu=kernel, default=plain)
     return plain(q, k, v)

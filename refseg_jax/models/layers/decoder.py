@@ -79,11 +79,11 @@ class MaskDecoder(nn.Module):
     def __call__(
         self, features: list[jax.Array], size: tuple[int, int], train: bool
     ) -> dict[str, jax.Array]:
-        """Maps [B,h_i,w_i,C_i], fine to coarse -> `logits`, `class_logits`, at the image's `size`.
+        """Maps [B,h_i,w_i,C_i], fine to coarse -> float32 logits at the image's `size`.
 
-        Of background and foreground f32 [B,*size,2], and the second's minus the first's [B,*size].
-        Under `jit` those that are not used are not computed. All resizing is bilinear and keeps
-        the corners' centres in place.
+        `class_logits` [B,*size,2] of background and foreground, and `logits` [B,*size], the
+        second's minus the first's; under `jit` what is not used is not computed. All resizing is
+        bilinear and keeps the corners' centres in place.
         """
         maps = [
             LayerNorm(EPSILON, self.dtype, name=f"stage_norm{i}")(x)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.dense import Dense, Weights
 from refseg_jax.models.layers.norms import instance_norm, instance_statistics
 
 
@@ -14,7 +14,7 @@ class PixelWordAttention(nn.Module):
 
     Pixels are many and words are few: what can be done with the words is done with them. The first
     norm, of the queries, is applied to keys, the layer behind to values, and pixels are never split
-    into heads: the heads' words lie side by side, with zeros for the others' channels.
+    into heads: the heads' words lie side by side.
 
     Attributes:
         dim: joint width of queries, keys and values.
@@ -43,17 +43,15 @@ class PixelWordAttention(nn.Module):
         def dense(width: int, name: str) -> Dense:
             return Dense(width, dtype=self.dtype, name=name)
 
-        def of_heads(words: jax.Array) -> jax.Array:
-            """[B,T,dim] -> [B,heads,T,dim] with each head's own channels, and zeros."""
-            own = np.kron(np.eye(self.heads), np.ones(self.dim // self.heads))
-            return words[:, None] * jnp.asarray(own[:, None], words.dtype)
-
         B, h, w, C = vision.shape
+        width = self.dim // self.heads
         query = dense(self.dim, "query")(vision.reshape(B, h * w, C))
         mean, factor = instance_statistics(query)
-        scale = self.scale or (self.dim / self.heads) ** -0.5
+        scale = width**-0.5 if self.scale is None else self.scale
         keys = dense(self.dim, "key")(language).astype(jnp.float32) * factor * scale
-        keys = of_heads(keys.astype(self.dtype))
+        # [B,heads,T,dim], with zeros in the place of the other heads' channels.
+        own = jnp.asarray(np.kron(np.eye(self.heads), np.ones(width))[:, None], self.dtype)
+        keys = keys.astype(self.dtype)[:, None] * own
         logits = jnp.einsum("bnc,bhtc->bhtn", query, keys, preferred_element_type=jnp.float32)
         logits -= jnp.einsum(
             "bnc,bhtc->bhtn", mean, keys.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -61,8 +59,10 @@ class PixelWordAttention(nn.Module):
         # A finite minimum leaves a sample without any token uniform instead of NaN.
         logits = jnp.where(token_mask[:, None, :, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, 2).astype(self.dtype)
-        # The bias comes once for each head. It is the same in all pixels: the norm takes it away.
-        values = dense(C, "out")(of_heads(dense(self.dim, "value")(language)))
+        # A bias is the same in all pixels, and the norm takes it away.
+        out, _ = Weights(C, dtype=self.dtype, name="out")(self.dim)
+        values = dense(self.dim, "value")(language).reshape(B, -1, self.heads, width)
+        values = jnp.einsum("bthd,hdc->bhtc", values, out.reshape(self.heads, width, C))
         return instance_norm(jnp.einsum("bhtn,bhtc->bnc", weights, values)).reshape(vision.shape)
 
 
