@@ -149,6 +149,7 @@ import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from benchmarks import tpu_compile, tpu_kernels
+from refseg_jax.models.layers import attention_kernel
 from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
 from refseg_jax.models.layers.windows import Windows
 from refseg_jax.sharding import on_mesh
@@ -231,6 +232,12 @@ kernels = tpu_kernels.kernels_of(jax.make_jaxpr(on_mesh(mesh, both))(*arrays).ja
 for kernel, _ in kernels:
     tpu_kernels.bundles(kernel, kernel.params["jaxpr"], chip, dump)
 print(columns, len(kernels))
+
+# As many cells as may attend to each other, of the most heads at a time that are likely.
+q = jax.ShapeDtypeStruct((4, attention_kernel.MOST_KEYS, 128), jnp.bfloat16)
+attend = on_mesh(mesh, lambda q: attention_kernel.attend_in_kernel(q, q, q, 8))
+((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(attend)(q).jaxpr)
+print(tpu_kernels.bundles(kernel, kernel.params["jaxpr"], chip, dump) is not None)
 """
 
 
@@ -238,8 +245,8 @@ def test_instructions_of_kernels(tmp_path):
     command = [sys.executable, "-c", KERNELS, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stderr
-    kernel, few, many, up_to_7, up_to_70, copied, widest = result.stdout.splitlines()
-    assert widest == "16 2"
+    kernel, few, many, up_to_7, up_to_70, copied, widest, cells = result.stdout.splitlines()
+    assert (widest, cells) == ("16 2", "True")
     times, groups, samples, strips, cycles = map(int, kernel.split())
     assert (times, groups, samples, strips) == (3, 2, 2, 2)  # Of 256 channels and two samples.
     assert 100 < cycles / (groups * samples * strips) < 2000

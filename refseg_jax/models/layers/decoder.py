@@ -60,9 +60,9 @@ def class_difference(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Ar
 
     x [B,h,w,C], kernel [C,2], bias [2] -> f32 [B,h,w]. Both would be two lanes of a TPU's 128.
     """
-    kernel = (kernel[:, 1] - kernel[:, 0]).astype(x.dtype)
-    difference = jnp.einsum("bhwc,c->bhw", x, kernel, preferred_element_type=jnp.float32)
-    return difference + (bias[1] - bias[0])
+    kernel, bias = kernel[:, 1] - kernel[:, 0], bias[1] - bias[0]
+    kernel = kernel.astype(x.dtype)
+    return jnp.einsum("bhwc,c->bhw", x, kernel, preferred_element_type=jnp.float32) + bias
 
 
 class MaskDecoder(nn.Module):
