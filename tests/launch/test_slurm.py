@@ -1,0 +1,48 @@
+"""launch/slurm.sh and the job that it queues."""
+
+import shutil
+import sys
+
+import pytest
+
+from tests.launch.stand_ins import LAUNCH, TRAINING, bash, option, script
+
+
+def test_slurm_has_a_process_per_gpu_that_sees_all(tools):
+    options = ["--nodes", "2", "--gpus", "4", "--cpus", "6", "--time", "4:00:00"]
+    tools.bash(*script("slurm.sh", *options, "--", *TRAINING))
+    (call,) = tools.calls
+    at = call.index(str(LAUNCH / "slurm_job.sh"))
+    assert call[at + 1 :] == [sys.executable, "-m", "refseg_jax.main", *TRAINING]
+    assert option(call[:at], "nodes") == "2" and option(call[:at], "time") == "4:00:00"
+    assert option(call[:at], "ntasks-per-node") == option(call[:at], "gpus-per-node") == "4"
+    assert option(call[:at], "cpus-per-task") == "6" and "--requeue" in call[:at]
+    assert option(call[:at], "signal").startswith("B:USR1@")
+    assert not any("gpus-per-task" in word for word in call)
+
+
+@pytest.mark.parametrize(
+    "signals, status, expected",
+    [
+        ([], 0, []),
+        ([], 3, []),
+        (["USR1"], 2, [["scancel", "--signal=TERM", "77"], ["scontrol", "requeue", "77"]]),
+        (["USR1"], 0, [["scancel", "--signal=TERM", "77"]]),  # Finished in the last minutes.
+        (["TERM"], 2, []),  # Canceled: it must not come back.
+    ],
+)
+def test_a_job_at_its_limit_is_saved_and_queued_again(signals, status, expected, tools):
+    send = "".join(f"kill -s {name} $PPID; " for name in signals)
+    step = tools.folder / "bin/srun"
+    sleep = shutil.which("sleep")
+    lines = ["#!/bin/sh", f'echo "$@" >{tools.folder}/srun', send, f"{sleep} 0.3"]
+    step.write_text("\n".join([*lines, f"exit {status}\n"]))
+    done = bash(
+        *script("slurm_job.sh", "python", "a b"), path=tools.path,
+        SLURM_JOB_ID="77", SLURM_CPUS_PER_TASK="6", **tools.environ,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert tools.calls == expected
+    words = (tools.folder / "srun").read_text().split()
+    assert words[-3:] == ["python", "a", "b"] and "--cpus-per-task=6" in words
+    assert "--gpu-bind=none" in words and "--kill-on-bad-exit=1" in words
