@@ -25,7 +25,7 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.decoder import ConvBlock
 from refseg_jax.models.layers.dense import Dense, Weights
-from refseg_jax.models.layers.early_fusion import GatedResidual
+from refseg_jax.models.layers.early_fusion import GatedResidual, pixels_in_one_axis
 from refseg_jax.models.layers.norms import EPSILON
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear
@@ -127,7 +127,7 @@ class WPA(nn.Module):
 
         # Words are few: what eq. 4 and 5 do with V^ of every pixel is done with the words instead.
         projection, _ = Weights(self.dim, False, self.dtype, name="vision_in")(C)
-        pixels = vision.reshape(B, h * w, C)
+        pixels = pixels_in_one_axis(vision)
         words = dense(self.dim, "language_in")(language)
         attention = jnp.einsum(
             "bsc,btc->bst", pixels, words @ projection.T, preferred_element_type=jnp.float32
@@ -138,7 +138,7 @@ class WPA(nn.Module):
         for_pixels = jnp.einsum(
             "bst,btc->bsc", over_words.astype(self.dtype), dense(C, "vision_out")(words)
         )
-        vision = gated("vision_gate")(vision, for_pixels.reshape(vision.shape))
+        vision = gated("vision_gate")(pixels, for_pixels).reshape(vision.shape)
         if self.update_language:
             for_words = jnp.einsum("bst,bsc->btc", over_pixels.astype(self.dtype), pixels)
             for_words = dense(D, "language_out")(for_words @ projection)
@@ -164,15 +164,15 @@ class CrossAttention(nn.Module):
 
         shape = (self.grid, self.grid, D)
         positions = self.param("positions", nn.initializers.normal(0.02), shape)[None]
+        vision = pixels_in_one_axis(vision)
         pixels = dense(D, "vision_in")(vision)
-        pixels += resize_bilinear(positions, (h, w)).astype(pixels.dtype)
-        pixels = pixels.reshape(B, h * w, D)
+        pixels += resize_bilinear(positions, (h, w)).reshape(1, h * w, D).astype(pixels.dtype)
         both = jnp.concatenate([pixels, dense(D, "language_in")(language)], axis=1)
         mask = jnp.concatenate([jnp.ones((B, h * w), bool), token_mask], axis=1)
         # Of the outputs only the pixels' are used, so only they ask.
         attention = MultiHeadAttention(D, self.heads, self.dtype, name="attention")
         attended = attention(pixels, both, both, mask)
-        return vision + dense(C, "vision_out")(attended).reshape(vision.shape)
+        return (vision + dense(C, "vision_out")(attended)).reshape(B, h, w, C)
 
 
 class MaskGenerator(nn.Module):
@@ -190,9 +190,9 @@ class MaskGenerator(nn.Module):
     def __call__(self, fused: jax.Array, train: bool) -> jax.Array:
         """S_o [B, h, w, C] -> Q_o [B, N, generator_dim]."""
         cfg = self.config
-        B, h, w, C = fused.shape
+        B, h, w, _ = fused.shape
         dim = cfg.generator_dim
-        memory = Dense(dim, dtype=self.dtype, name="memory")(fused.reshape(B, h * w, C))
+        memory = Dense(dim, dtype=self.dtype, name="memory")(pixels_in_one_axis(fused))
         if cfg.generator_pre_norm:
             memory = nn.LayerNorm(EPSILON, dtype=self.dtype, name="memory_norm")(memory)
         queries = self.param("queries", nn.initializers.normal(1.0), (cfg.queries, dim))

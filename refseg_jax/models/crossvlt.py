@@ -27,7 +27,11 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.decoder import MaskDecoder
 from refseg_jax.models.layers.dense import Dense
-from refseg_jax.models.layers.early_fusion import GatedResidual, PixelWordAttention
+from refseg_jax.models.layers.early_fusion import (
+    GatedResidual,
+    PixelWordAttention,
+    pixels_in_one_axis,
+)
 from refseg_jax.models.layers.resize import resize_bilinear
 
 
@@ -88,8 +92,10 @@ class PixelFusion(nn.Module):
     def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
         """vision [B, h, w, C], language [B, T, D], token_mask bool [B, T] -> [B, h, w, C]."""
         attention = PixelWordAttention(self.dim, self.heads, dtype=self.dtype, name="attention")
-        fused = vision + attention(vision, language, token_mask)
-        return gelu(Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused))
+        pixels = pixels_in_one_axis(vision)
+        fused = pixels + attention(pixels, language, token_mask)
+        mixed = Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused)
+        return gelu(mixed).reshape(vision.shape)
 
 
 class LanguageStage(nn.Module):
@@ -107,9 +113,8 @@ class LanguageStage(nn.Module):
         """language [B, T, D], token_mask bool [B, T], vision [B, h, w, C] -> [B, T, D]."""
         layer = nn.remat(BertLayer, static_argnums=(3,)) if self.config.remat else BertLayer
         if self.fused:
-            pixels = vision.reshape(vision.shape[0], -1, vision.shape[-1])
             fusion = layer(self.config, self.dtype, name="fusion")
-            language = fusion(language, token_mask, train, pixels)
+            language = fusion(language, token_mask, train, pixels_in_one_axis(vision))
         for i in range(self.depth - self.fused):
             block = layer(self.config, self.dtype, name=f"blocks_{i}")
             language = block(language, token_mask, train)
@@ -129,7 +134,9 @@ class Alignment(nn.Module):
         def unit(x: jax.Array, name: str) -> jax.Array:
             return unit_length(Dense(self.dim, dtype=self.dtype, name=name)(x))
 
-        return jnp.einsum("bhwc,bc->bhw", unit(vision, "vision"), unit(sentence, "language"))
+        pixels = unit(pixels_in_one_axis(vision), "vision")
+        cosine = jnp.einsum("bnc,bc->bn", pixels, unit(sentence, "language"))
+        return cosine.reshape(vision.shape[:-1])
 
 
 class CrossVLT(nn.Module):

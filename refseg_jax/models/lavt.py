@@ -20,7 +20,11 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.decoder import MaskDecoder
 from refseg_jax.models.layers.dense import Dense
-from refseg_jax.models.layers.early_fusion import GatedResidual, PixelWordAttention
+from refseg_jax.models.layers.early_fusion import (
+    GatedResidual,
+    PixelWordAttention,
+    pixels_in_one_axis,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +63,9 @@ class PWAM(nn.Module):
 
         # As released, the scale is the whole width's, however many heads share it.
         attention = PixelWordAttention(C, self.heads, C**-0.5, self.dtype, name="attention")
-        gathered = attention(vision, language, token_mask)
-        return project(project(vision, "vision") * gathered, "mix")
+        pixels = pixels_in_one_axis(vision)
+        gathered = attention(pixels, language, token_mask)
+        return project(project(pixels, "vision") * gathered, "mix").reshape(vision.shape)
 
 
 class LAVT(nn.Module):

@@ -9,6 +9,15 @@ from refseg_jax.models.layers.dense import Dense, Weights
 from refseg_jax.models.layers.norms import instance_norm, instance_statistics
 
 
+def pixels_in_one_axis(x: jax.Array) -> jax.Array:
+    """[B,...,C] -> [B,pixels,C], as Swin's blocks have them.
+
+    What works on pixels by themselves should work on these: a TPU's tiles of 8 or 16 pixels fit few
+    maps' rows, and between one form and the other its compiler moves everything.
+    """
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
 class PixelWordAttention(nn.Module):
     """Multi-head attention in which pixels ask words, with instance norms on the pixels' side.
 
@@ -32,20 +41,20 @@ class PixelWordAttention(nn.Module):
         """What each pixel gathers from the words.
 
         Args:
-            vision: [B,h,w,C].
+            vision: [B,...,C].
             language: [B,T,D].
             token_mask: bool [B,T], True = real token. A sample without any attends to all.
 
         Returns:
-            [B,h,w,C].
+            [B,...,C].
         """
 
         def dense(width: int, name: str) -> Dense:
             return Dense(width, dtype=self.dtype, name=name)
 
-        B, h, w, C = vision.shape
+        B, *_, C = vision.shape
         width = self.dim // self.heads
-        query = dense(self.dim, "query")(vision.reshape(B, h * w, C))
+        query = dense(self.dim, "query")(pixels_in_one_axis(vision))
         mean, factor = instance_statistics(query)
         scale = width**-0.5 if self.scale is None else self.scale
         keys = dense(self.dim, "key")(language).astype(jnp.float32) * factor * scale
@@ -67,7 +76,7 @@ class PixelWordAttention(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    """x + gate(r) r with gate = linear, ReLU, linear, tanh, without biases: [..., C] -> same.
+    """x + gate(r) r with gate = linear, ReLU, linear, tanh, without biases: [B,...,C] -> same.
 
     `shut`: the gate is almost shut at first, so that a pretrained encoder starts undisturbed.
     """
@@ -84,5 +93,6 @@ class GatedResidual(nn.Module):
         def dense(name: str) -> Dense:
             return Dense(x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=init, name=name)
 
+        shape, x, update = x.shape, pixels_in_one_axis(x), pixels_in_one_axis(update)
         gate = jnp.tanh(dense("fc2")(nn.relu(dense("fc1")(update))))
-        return x + gate * update
+        return (x + gate * update).reshape(shape)
