@@ -204,6 +204,11 @@ def test_seg_head_is_eq_10():
     y = twice(rho(y, "rho1")) + linear(features[0][0], params["gamma1"])
     close(ours[0], y)
 
+    chosen = normal(1, dim)
+    again, products = apply(module, variables, fused, features, train=False, chosen=chosen)
+    close(again, ours)
+    close(products[0], y @ chosen[0])
+
 
 def test_sma_is_eq_11_and_12_and_its_factored_form_equals_the_printed_one():
     """The printed form: pixels and masks projected to D, N proposals, their weighted sum."""

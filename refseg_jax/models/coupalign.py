@@ -224,14 +224,33 @@ class SegHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, fused: jax.Array, features: list[jax.Array], train: bool) -> jax.Array:
-        """S_o [B, h_4, w_4, C_4], stages' outputs [B, h_i, w_i, C_i] -> Y_1 [B, h_1, w_1, dim]."""
+    def __call__(
+        self,
+        fused: jax.Array,
+        features: list[jax.Array],
+        train: bool,
+        chosen: jax.Array | None = None,
+    ) -> Any:
+        """S_o [B, h_4, w_4, C_4], stages' outputs [B, h_i, w_i, C_i] -> Y_1 [B, h_1, w_1, dim].
+
+        With `chosen`, a vector [B, dim] of each sample, (Y_1, Y_1 . chosen float32 [B, h_1, w_1]);
+        the second is made of what Y_1 is a sum of, and the largest map of a model that only
+        predicts need not exist.
+        """
         y = fused
         for i, x in reversed(list(enumerate(features, 1))):
             y = ConvBlock(self.dim, self.dtype, relu_first=True, name=f"rho{i}")(y, train)
-            lateral = Dense(self.dim, dtype=self.dtype, name=f"gamma{i}")(x)
-            y = resize_bilinear(y, x.shape[1:3]) + lateral
-        return y
+            coarse, lateral = y, Dense(self.dim, dtype=self.dtype, name=f"gamma{i}")
+            y = resize_bilinear(coarse, x.shape[1:3]) + lateral(x)
+        if chosen is None:
+            return y
+
+        def product(x: jax.Array, vector: jax.Array) -> jax.Array:
+            return jnp.einsum("bhwc,bc->bhw", x, vector, preferred_element_type=jnp.float32)
+
+        gamma = lateral.variables["params"]
+        products = product(x, chosen @ gamma["kernel"].T) + (chosen @ gamma["bias"])[:, None, None]
+        return y, products + resize_bilinear(product(coarse, chosen), x.shape[1:3])
 
 
 class SMA(nn.Module):
@@ -330,7 +349,6 @@ class CoupAlign(nn.Module):
             language = self.bert.layers(language, token_mask, i * depth, (i + 1) * depth, train)
             features.append(vision)
         fused = self.cross_attention(vision, language, token_mask)
-        pixels = self.seg_head(fused, features, train).astype(jnp.float32)
 
         shown = {"word_attention": word_attention}
         if cfg.sma:
@@ -338,11 +356,13 @@ class CoupAlign(nn.Module):
             sentence = sentence_vector(language, token_mask, cfg.sentence)
             weights, embeddings = self.mask_alignment(masks, sentence)
             chosen = jnp.einsum("bn,bnc->bc", weights, embeddings)
-            logits = jnp.einsum("bhwc,bc->bhw", pixels, chosen) + self.bias
+            pixels, logits = self.seg_head(fused, features, train, chosen)
+            pixels, logits = pixels.astype(jnp.float32), logits + self.bias
             if details:
                 shown["proposals"] = jnp.einsum("bhwc,bnc->bnhw", pixels, embeddings) + self.bias
                 shown["proposal_weights"] = weights
         else:
+            pixels = self.seg_head(fused, features, train).astype(jnp.float32)
             logits = self.classifier(pixels)[..., 0].astype(jnp.float32)
         outputs = {"logits": logits, "pixels": pixels}
         return {**outputs, "details": shown} if details else outputs
