@@ -23,6 +23,7 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.deformable import DeformableEncoder
 from refseg_jax.models.layers.dense import Dense, Weights
+from refseg_jax.models.layers.early_fusion import pixels_in_one_axis
 from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.resize import resize_bilinear
@@ -155,10 +156,10 @@ class PixelDecoder(nn.Module):
         cfg = self.config
 
         def project(x, name):
-            x = Dense(cfg.dim, dtype=self.dtype, name=name)(x)
-            return nn.GroupNorm(
-                math.gcd(32, cfg.dim), epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm"
-            )(x)
+            y = Dense(cfg.dim, dtype=self.dtype, name=name)(pixels_in_one_axis(x))
+            groups = math.gcd(32, cfg.dim)
+            norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")
+            return norm(y).reshape(*x.shape[:3], cfg.dim)
 
         finest, *levels = features
         shapes = [x.shape[1:3] for x in levels]
@@ -177,8 +178,7 @@ class PixelDecoder(nn.Module):
         if cfg.lateral:
             pixels = pixels + project(finest, "lateral")
             pixels = nn.Conv(cfg.dim, (3, 3), dtype=self.dtype, name="lateral_out")(pixels)
-        flat = [x.reshape(x.shape[0], -1, cfg.dim) for x in levels]
-        return pixels, flat, shapes
+        return pixels, [pixels_in_one_axis(x) for x in levels], shapes
 
 
 class CentreDecoder(nn.Module):
@@ -262,7 +262,7 @@ class AlignFormer(nn.Module):
         for i in range(stages):
             vision = self.swin.stage(i, vision, train)
             if cfg.fusion != "none":
-                flat = vision.reshape(vision.shape[0], -1, vision.shape[-1])
+                flat = pixels_in_one_axis(vision)
                 flat, language = self.fusions[i](flat, language, token_mask)
                 vision = flat.reshape(vision.shape)
             features.append(vision)
@@ -274,9 +274,13 @@ class AlignFormer(nn.Module):
             logits = self.classifier(pixels)[..., 0].astype(jnp.float32)
             return {"logits": logits, "pixel_embedding": pixels}
         centre = self.centre_decoder(language, token_mask, levels, shapes, train)
-        centre = centre.astype(jnp.float32)
-        logits = jnp.einsum("bhwc,bc->bhw", pixels, centre) + self.bias
-        return {"logits": logits, "pixel_embedding": pixels}
+        if cfg.lateral:
+            logits = jnp.einsum("bhwc,bc->bhw", pixels, centre.astype(jnp.float32))
+        else:
+            # V_e is the 1/8 map resized, which is linear: a model that only predicts needs no V_e.
+            logits = jnp.einsum("bsc,bc->bs", levels[0], centre, preferred_element_type=jnp.float32)
+            logits = resize_bilinear(logits.reshape(-1, *shapes[0]), pixels.shape[1:3])
+        return {"logits": logits + self.bias, "pixel_embedding": pixels}
 
     def loss(
         self, outputs: dict[str, jax.Array], mask: jax.Array, valid: jax.Array, key: jax.Array
