@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from refseg_jax import models
 from refseg_jax.optim import make_optimizer
@@ -97,7 +98,9 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 
 def forward_flops(config: ml_collections.ConfigDict) -> int:
-    """Operations of one row's forward pass; see `product_flops`."""
+    """Operations of one row's forward pass as far as the mask needs them; see `product_flops`."""
     model, _, state = paper_state(config)
     one = batch_shapes(config, 1)
-    return product_flops(jax.make_jaxpr(make_predict_step(model))(state.variables(), one).jaxpr)
+    traced = jax.make_jaxpr(make_predict_step(model))(state.variables(), one).jaxpr
+    needed, _ = dce_jaxpr(traced, [True] * len(traced.outvars))
+    return product_flops(needed)

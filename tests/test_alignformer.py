@@ -119,12 +119,13 @@ def test_a_tpu_computes_the_same(like_a_tpu):
         assert jnp.abs(ours - theirs).max() <= 1e-4 * jnp.abs(theirs).max() + 1e-5, path
 
 
-def test_logits_are_products_of_the_embeddings_as_printed():
+@pytest.mark.parametrize("lateral", [False, True])
+def test_logits_are_products_of_the_embeddings_as_printed(lateral):
     """With `prior` off the mask is L_e . V_e: linear in V_e, no bias."""
     config = alignformer.get_config("refcoco").model
     assert config.prior == 0 and not config.lateral and not config.swin.positions
-    model = build(model__prior=0.0)
-    image, tokens, token_mask = inputs()
+    model = build(model__prior=0.0, model__lateral=lateral)
+    image, tokens, token_mask = inputs(50, 70)
     variables = model.init(jax.random.key(0), image, tokens, token_mask)
     outputs = model.apply(variables, image, tokens, token_mask)
     pixels = np.asarray(outputs["pixel_embedding"][0].reshape(-1, 16), np.float64)

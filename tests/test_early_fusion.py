@@ -148,8 +148,8 @@ def test_loss_of_logits_that_know_nothing(align_at):
 def test_pixels_ask_words_as_defined():
     """Normalised queries, keys and values split into heads, a linear layer and a norm."""
     rng = np.random.default_rng(0)
-    B, h, w, C, T, D, dim, heads = 3, 5, 4, 6, 7, 9, 8, 2
-    vision = jnp.asarray(rng.normal(1, 2, (B, h, w, C)))
+    B, S, C, T, D, dim, heads = 3, 20, 6, 7, 9, 8, 2
+    vision = jnp.asarray(rng.normal(1, 2, (B, S, C)))
     language = jnp.asarray(rng.normal(size=(B, T, D)))
     token_mask = np.arange(T) < np.array([[7], [4], [2]])
     module = PixelWordAttention(dim, heads, scale=0.7)
@@ -166,12 +166,12 @@ def test_pixels_ask_words_as_defined():
         def split(x):
             return x.reshape(B, -1, heads, dim // heads)
 
-        q = split(normal(linear(vision.reshape(B, h * w, C), "query")))
+        q = split(normal(linear(vision, "query")))
         k, v = split(linear(language, "key")), split(linear(language, "value"))
         logits = 0.7 * jnp.einsum("bnhd,bthd->bhnt", q, k)
         logits = jnp.where(token_mask[:, None, None], logits, -1e30)
-        y = jnp.einsum("bhnt,bthd->bnhd", jax.nn.softmax(logits), v).reshape(B, h * w, dim)
-        return normal(linear(y, "out")).reshape(vision.shape)
+        y = jnp.einsum("bhnt,bthd->bnhd", jax.nn.softmax(logits), v).reshape(B, S, dim)
+        return normal(linear(y, "out"))
 
     cotangent = rng.normal(size=vision.shape)
 

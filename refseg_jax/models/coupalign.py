@@ -246,7 +246,7 @@ class SegHead(nn.Module):
             return y
 
         def product(x: jax.Array, vector: jax.Array) -> jax.Array:
-            return jnp.einsum("bhwc,bc->bhw", x, vector, preferred_element_type=jnp.float32)
+            return jnp.einsum("bhwc,bc->bhw", x, vector)
 
         gamma = lateral.variables["params"]
         products = product(x, chosen @ gamma["kernel"].T) + (chosen @ gamma["bias"])[:, None, None]
@@ -328,8 +328,8 @@ class CoupAlign(nn.Module):
         Returns float32 `logits` M [B, h, w] at 1/4 (h = ceil(H / 4)) and `pixels` Y_1
         [B, h, w, seg_dim]. With `details` also a dict `details` of float32 arrays to look at:
         `word_attention`, a list of [B, T, h_i, w_i], what each word attends to in each WPA; with
-        SMA `proposals` Y_N [B, N, h, w] (logits, whose weighted sum is M) and `proposal_weights`
-        Q_w [B, N].
+        SMA `proposals` Y_N [B, N, h, w] (logits, whose weighted sum is M but for rounding) and
+        `proposal_weights` Q_w [B, N].
         """
         cfg = self.config
         encoder = getattr(self, cfg.backbone)

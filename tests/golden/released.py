@@ -179,9 +179,9 @@ def run_pytorch(case: Case, model: torch.nn.Module, suffix: str = "") -> Any:
 def train_step(case: Case) -> tuple[float, dict[str, jax.Array], dict[str, Any], dict[str, Any]]:
     """Loss, its parts, running statistics and gradients of one step on the batch's statistics.
 
-    In float64, also where modules ask for float32: rounding flips a ReLU of the decoder here and
-    there, and one of them moves all gradient norms before it by 1e-3. The released ones have such
-    flips; ours need not add to them.
+    In float64, also where modules ask for `jnp.float32`: rounding flips a ReLU of the decoder here
+    and there, and one of them moves all gradient norms before it by 1e-3. The released ones have
+    such flips; ours need not add to them.
     """
     model = case.model.clone(dtype=jnp.float64)
 

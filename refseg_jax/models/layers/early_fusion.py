@@ -41,20 +41,20 @@ class PixelWordAttention(nn.Module):
         """What each pixel gathers from the words.
 
         Args:
-            vision: [B,...,C].
+            vision: [B,S,C], pixels in one axis.
             language: [B,T,D].
             token_mask: bool [B,T], True = real token. A sample without any attends to all.
 
         Returns:
-            [B,...,C].
+            [B,S,C].
         """
 
         def dense(width: int, name: str) -> Dense:
             return Dense(width, dtype=self.dtype, name=name)
 
-        B, *_, C = vision.shape
+        B, _, C = vision.shape
         width = self.dim // self.heads
-        query = dense(self.dim, "query")(pixels_in_one_axis(vision))
+        query = dense(self.dim, "query")(vision)
         mean, factor = instance_statistics(query)
         scale = width**-0.5 if self.scale is None else self.scale
         keys = dense(self.dim, "key")(language).astype(jnp.float32) * factor * scale
@@ -72,7 +72,7 @@ class PixelWordAttention(nn.Module):
         out, _ = Weights(C, dtype=self.dtype, name="out")(self.dim)
         values = dense(self.dim, "value")(language).reshape(B, -1, self.heads, width)
         values = jnp.einsum("bthd,hdc->bhtc", values, out.reshape(self.heads, width, C))
-        return instance_norm(jnp.einsum("bhtn,bhtc->bnc", weights, values)).reshape(vision.shape)
+        return instance_norm(jnp.einsum("bhtn,bhtc->bnc", weights, values))
 
 
 class GatedResidual(nn.Module):
