@@ -138,6 +138,8 @@ class Program:
                 key = place(name.group(1) if name else "")
                 self.cycles[key] += int(cycles.group(1)) * times
             kind = re.search(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+            # What is scattered is a fusion of an all-reduce and what picks a chip's part.
+            kind = kind or re.search(r" = (.*?) fusion\(.* calls=%?all-(reduce-scatter)", line)
             if kind:
                 row = self.collectives.setdefault(kind.group(2), [0, 0])
                 row[0] += times

@@ -1,6 +1,7 @@
 """Mesh, parameter sharding by ordered path rules, and host arrays to device batches."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -93,30 +94,35 @@ def kernel_places() -> tuple[PartitionSpec, PartitionSpec]:
     return PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
 
 
-def largest_divisible(shape: tuple[int, ...], parts: int, min_size: int) -> PartitionSpec:
+def largest_divisible(
+    shape: tuple[int, ...], axis: str, parts: int, min_size: int
+) -> PartitionSpec:
     """Splits the largest dimension that `parts` divides, in arrays of at least `min_size`."""
     candidates = [i for i, n in enumerate(shape) if n % parts == 0]
-    if parts == 1 or int(np.prod(shape)) < min_size or not candidates:
+    if parts == 1 or math.prod(shape) < min_size or not candidates:
         return PartitionSpec()
-    axis = max(candidates, key=lambda i: shape[i])
-    return PartitionSpec(*[None] * axis, "fsdp")
+    largest = max(candidates, key=lambda i: shape[i])
+    return PartitionSpec(*[None] * largest, axis)
 
 
 def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**14) -> Any:
     """A sharding for every leaf of `state` (a tree of arrays or shapes).
 
     `rules` is an ordered sequence of (path regex, tuple with an axis name or None per dimension);
-    the first regex found in the leaf's path wins. A leaf that matches none takes
-    `largest_divisible`. Optimiser moments carry their parameter's path, hence its sharding.
+    the first regex found in the leaf's path wins. Optimiser moments carry their parameter's path,
+    hence its rule. A leaf that matches none takes `largest_divisible` over "fsdp". On a mesh
+    without that axis the moments take it over "data": every device has the parameters, but updates
+    only those of its own share, which all then gather (arXiv:2004.13336; ZeRO's first stage).
     """
-    parts = mesh.shape["fsdp"]
 
     def spec(path, leaf):
         name = path_name(path)
         for pattern, axes in rules:
             if re.search(pattern, name):
                 return NamedSharding(mesh, PartitionSpec(*axes))
-        return NamedSharding(mesh, largest_divisible(leaf.shape, parts, min_size))
+        of_data = name.startswith("opt_state/") and mesh.shape["fsdp"] == 1
+        axis = "data" if of_data else "fsdp"
+        return NamedSharding(mesh, largest_divisible(leaf.shape, axis, mesh.shape[axis], min_size))
 
     return jax.tree_util.tree_map_with_path(spec, state)
 

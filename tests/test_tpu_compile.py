@@ -40,6 +40,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 ENTRY %main.1 (x.1: bf16[8,128]) -> bf16[8,128] {
   %f.2 = bf16[8,128]{1,0} fusion(%x.1), metadata={op_name="jit(step)/M/blocks_0_0/dot"}, backend_config={"window_config":{"estimated_cycles":"7"}}
   %r.2 = (f32[16]{0:T(256)S(1)}, pred[4]{0}) all-reduce-start(%f.2, %f.2), channel_id=2
+  %r.3 = (bf16[2,128]{1,0}, bf16[4]{0}) fusion(%f.2, %f.2), kind=kCustom, calls=%all-reduce-scatter.7
   %w.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%t.1), condition=%condition.1, body=%body.1
 }
 """  # noqa: E501
@@ -65,7 +66,9 @@ def test_a_train_step_fits_the_smallest_chip(name, fast):
     if row["program"] != recorded["program"]:
         recorded, _ = tpu_compile.estimate(row, lowered)
     assert recorded["fits"]
-    assert recorded["collectives"]["all-reduce"]["mib"] > 200  # The gradients, at least.
+    mib = {kind: moved["mib"] for kind, moved in recorded["collectives"].items()}
+    assert mib["reduce-scatter"] > 40  # A fourth of the gradients, of all encoders at least,
+    assert mib["all-gather"] > 200  # and the parameters that were made of it.
 
 
 def test_a_program_does_not_tell_where_its_source_is():
@@ -118,7 +121,10 @@ def test_a_step_too_large_does_not_fit(fast, monkeypatch):
 def test_loops_and_collectives_of_a_program():
     program = tpu_compile.Program(PROGRAM)
     assert program.cycles == {"M/blocks*/dot": 307}
-    assert program.collectives == {"all-reduce": [4, 3 * 8 * 128 * 2 + 16 * 4 + 4]}
+    assert program.collectives == {
+        "all-reduce": [4, 3 * 8 * 128 * 2 + 16 * 4 + 4],
+        "reduce-scatter": [1, 2 * 128 * 2 + 4 * 2],
+    }
 
 
 def test_operations_of_products():

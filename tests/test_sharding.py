@@ -1,0 +1,49 @@
+"""Which device holds what of a train state; that training agrees is in test_train and beside it."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from refseg_jax.sharding import make_mesh, state_sharding
+from refseg_jax.train_state import init_state
+
+PARAMS = {
+    "wide": jnp.zeros((8, 64)),
+    "odd": jnp.zeros((6, 65)),
+    "small": jnp.zeros(8),
+}
+
+
+def places(data, fsdp, rules=()):
+    """(of the parameters, of their first moments), each name -> the axes of its sharding."""
+    state = init_state({"params": PARAMS}, lambda _: optax.adam(0.1), jax.random.key(0), False)
+    shardings = state_sharding(state, make_mesh(data, fsdp), rules, min_size=64)
+    return [
+        {name: tuple(sharding.spec) for name, sharding in tree.items()}
+        for tree in (shardings.params, shardings.opt_state[0].mu)
+    ]
+
+
+@pytest.mark.parametrize(("data", "fsdp", "axis"), [(4, 1, "data"), (1, 4, "fsdp")])
+def test_devices_share_the_moments(data, fsdp, axis):
+    params, moments = places(data, fsdp)
+    assert moments == {"wide": (None, axis), "odd": (), "small": ()}
+    assert params == (moments if axis == "fsdp" else dict.fromkeys(PARAMS, ()))
+
+
+def test_moments_lie_where_their_parameters_do():
+    params, moments = places(2, 4)
+    assert params == moments == {"wide": (None, "fsdp"), "odd": (), "small": ()}
+
+
+def test_the_first_rule_that_fits_wins():
+    rules = [("opt_state/.*/wide", ()), ("wide|odd", ("data", None)), ("odd", ("fsdp", None))]
+    params, moments = places(2, 1, rules)
+    assert params == {"wide": ("data", None), "odd": ("data", None), "small": ()}
+    assert moments == {"wide": (), "odd": ("data", None), "small": ()}
+
+
+def test_one_device_holds_everything():
+    for tree in places(1, 1):
+        assert tree == dict.fromkeys(PARAMS, ())
