@@ -1,7 +1,6 @@
 """The kernel for TPUs, interpreted, against XLA's operations; those the released CRIS checks."""
 
-import functools
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,36 +8,135 @@ import pytest
 
 from refseg_jax.models.cris import Attention
 from refseg_jax.models.layers import attention_kernel
-from refseg_jax.models.layers.attention_kernel import attend, attend_in_kernel, fits_kernel
+from refseg_jax.models.layers.attention_kernel import (
+    attend,
+    attend_in_kernel,
+    fits_kernel,
+    kept,
+    words_of,
+)
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
 
 RNG = np.random.default_rng(0)
 
 
+def on_devices(devices, function, *arrays):
+    mesh = make_mesh(devices, 1)
+    arrays = (jax.device_put(x, batch_sharding(mesh)) for x in arrays)
+    return jax.jit(on_mesh(mesh, function))(*arrays)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("cells", "C", "heads", "logits", "devices"),
     [
         (16, 128, 1, 1 << 19, 1),
         (37, 256, 4, 1 << 19, 2),  # Rows and lanes that nothing fills.
-        (50, 128, 4, 1000, 1),  # Several blocks of queries, the last not whole.
+        (50, 128, 4, 1000, 1),  # Several blocks of queries, the last not whole,
+        (300, 128, 4, 1000, 2),  # in the backward pass too.
     ],
 )
-def test_kernel(cells, C, heads, logits, devices, interpreted, monkeypatch):
+def test_kernel(cells, C, heads, logits, devices, dropout, interpreted, monkeypatch):
     monkeypatch.setattr(attention_kernel, "LOGITS", logits)
     q, k, v, cotangent = RNG.normal(size=(4, 2, cells, C)).astype(np.float32)
-    q[0, 0] *= 100  # Logits whose exponential is infinite.
-    mesh = make_mesh(devices, 1)
+    q *= (C / heads) ** -0.5
+    q[0, 0] *= 200  # Logits whose exponential is infinite.
 
     def results(attention):
         def function(q, k, v, cotangent):
-            y, pull_back = jax.vjp(functools.partial(attention, heads=heads), q, k, v)
+            words = words_of(jax.random.key(0), len(q), heads)
+
+            def attend(q, k, v):
+                return attention(q, k, v, words, heads, dropout)
+
+            y, pull_back = jax.vjp(attend, q, k, v)
             return y, *pull_back(cotangent)
 
-        arrays = (jax.device_put(x, batch_sharding(mesh)) for x in (q, k, v, cotangent))
-        return jax.jit(on_mesh(mesh, function))(*arrays)
+        return on_devices(devices, function, q, k, v, cotangent)
 
     for ours, theirs in zip(results(attend_in_kernel), results(attend), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_that_of_flax():
+    B, N, heads, rate = 2, 16, 4, 0.3
+    q, k, v = RNG.normal(size=(3, B, N, heads, 8)).astype(np.float32)
+    weights = jax.nn.softmax(jnp.einsum("bnhd,bthd->bhnt", q, k))
+    words = words_of(jax.random.key(0), B, heads)
+    kept = mask_of(words, rate, N)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax.random.bernoulli", lambda key, p, shape: kept)
+        weights = nn.Dropout(rate, deterministic=False).apply(
+            {}, weights, rngs={"dropout": jax.random.key(0)}
+        )
+    expected = jnp.einsum("bhnt,bthd->bnhd", weights, v).reshape(B, N, -1)
+    q, k, v = (x.reshape(B, N, -1) for x in (q, k, v))
+    np.testing.assert_allclose(attend(q, k, v, words, heads, rate), expected, atol=1e-6)
+
+
+def mask_of(words, rate, cells):
+    """Which weights are kept, bool [B, heads, cells, cells]."""
+    first, second = jnp.moveaxis(jnp.asarray(words), 2, 0)[..., None, None]
+    cell = jnp.arange(cells, dtype=jnp.int32)
+    return np.asarray(kept(rate, first, second, cell[:, None], cell))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_mask_is_the_same_on_any_devices(devices, interpreted, monkeypatch):
+    monkeypatch.setattr(attention_kernel, "LOGITS", 1000)  # Four blocks of queries.
+    B, heads, cells = 4, 2, 64
+    alike = np.zeros((B, cells, 128), np.float32)
+    # All weights are the same, and each key's value is 1 in a channel of its own.
+    own = np.broadcast_to(np.tile(np.eye(cells, dtype=np.float32), heads), alike.shape)
+
+    def function(q, v):
+        words = words_of(jax.random.key(1), B, heads)
+        return attend_in_kernel(q, q, v, words, heads, 0.3)
+
+    y = on_devices(devices, function, alike, own).reshape(B, cells, heads, cells)
+    expected = mask_of(words_of(jax.random.key(1), B, heads), 0.3, cells)
+    np.testing.assert_array_equal(y.transpose(0, 2, 1, 3) > 0, expected)
+
+
+def dependence(mask, rate):
+    """How far those of any two places along an axis agree more than by chance.
+
+    In standard deviations: the worst of all pairs, and of the sum of all pairs' squares.
+    """
+    z = (mask - (1 - rate)) / np.sqrt(rate * (1 - rate))
+    worst = []
+    for axis in range(z.ndim):
+        rows = np.moveaxis(z, axis, 0).reshape(z.shape[axis], -1)
+        pairs = (rows @ rows.T / np.sqrt(rows.shape[1]))[np.triu_indices(len(rows), 1)]
+        worst += [np.abs(pairs).max(), abs((pairs**2 - 1).sum()) / np.sqrt(2 * len(pairs))]
+    return max(worst)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_mask_is_random(rate):
+    mask = mask_of(words_of(jax.random.key(2), 4, 8), rate, 128)
+    share = mask.mean((2, 3))  # Of each head and sample.
+    assert abs(mask.mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / mask.size)
+    assert np.abs(share - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / 128**2)
+    assert dependence(mask, rate) < 6
+    for head in mask[0]:
+        assert dependence(head, rate) < 10  # Of 128 weights only: not quite normal.
+    # It would be found out.
+    for axis in range(4):
+        twice = np.concatenate([mask, np.take(mask, [0], axis)], axis)
+        assert dependence(twice, rate) > 50
+    grid = mask[0, 0, :1] ^ mask[0, 0, :, :1]
+    assert dependence(grid, rate) > 50
+
+
+def test_words_that_are_close_to_each_other():
+    words = np.array([[[7, 1], [8, 1], [8, 2], [8, -1000]]], np.int32)
+    here, same, *others = np.where(mask_of(words, 0.5, 128)[0], 1, -1)
+    assert (here[1:] == same[:-1]).all()
+    for other in others:
+        for shift in range(8):
+            there = other[: len(other) - shift]
+            assert abs((here[shift:] * there).sum()) < 5 * np.sqrt(there.size)
 
 
 def test_which_arrays_fit():
@@ -52,18 +150,44 @@ def test_which_arrays_fit():
     assert not fits((7, 676, 512))  # Two devices.
     assert not fits((8, 676, 512), heads=2)  # A head of 256 channels.
     assert not fits((8, 676, 320), heads=10)  # Two registers and a half.
-    assert not fits((8, 10_000, 512))
+    assert fits((8, 2560, 512)) and not fits((8, 2561, 512))
     assert not fits_kernel(jax.ShapeDtypeStruct((8, 676, 512), jnp.bfloat16), 8)  # No mesh.
 
 
-@pytest.mark.parametrize(("train", "dropout", "kernels"), [(False, 0.1, 1), (True, 0.1, 0)])
-def test_dropout_has_no_kernel(train, dropout, kernels):
-    module = Attention(4, dropout, jnp.bfloat16)
+@pytest.mark.parametrize("train", [False, True])
+def test_which_attention_has_the_kernel(train):
+    module = Attention(4, 0.1, jnp.bfloat16)
     x = jnp.zeros((2, 16, 128), jnp.bfloat16)
     variables = module.init(jax.random.key(0), x, x, x)
 
-    def function(x):
-        return module.apply(variables, x, x, x, train=train, rngs={"dropout": jax.random.key(0)})
+    def kernels(*mask):
+        def function(x):
+            def attend(x):
+                return module.apply(
+                    variables, x, x, x, *mask, train=train, rngs={"dropout": jax.random.key(0)}
+                )
 
-    text = str(jax.make_jaxpr(on_mesh(make_mesh(1, 1), function))(x))
-    assert text.count("name=self_attention") == kernels
+            y, pull_back = jax.vjp(attend, x)
+            return pull_back(y)
+
+        text = str(jax.make_jaxpr(on_mesh(make_mesh(1, 1), function))(x))
+        names = "self_attention", "self_attention_backward"
+        return [text.count(f"name={name}\n") for name in names]
+
+    assert kernels() == [1, 1]
+    assert kernels(jnp.ones((2, 16), bool)) == [0, 0]
+
+
+def test_dropout_in_training():
+    module = Attention(4, 0.5)
+    x = jnp.asarray(RNG.normal(size=(2, 16, 32)), jnp.float32)
+    variables = module.init(jax.random.key(0), x, x, x)
+
+    def attend(seed, train=True):
+        rngs = {"dropout": jax.random.key(seed)}
+        return module.apply(variables, x, x, x, train=train, rngs=rngs)
+
+    np.testing.assert_array_equal(attend(0), attend(0))
+    assert np.abs(attend(0) - attend(1)).max() > 0.1
+    mean = jnp.mean(jax.vmap(attend)(jnp.arange(400)), 0)
+    np.testing.assert_allclose(mean, attend(0, train=False), atol=0.15)

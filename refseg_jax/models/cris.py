@@ -168,16 +168,17 @@ class Attention(nn.Module):
             for x, weight, shift in zip((queries, keys, values), weights, shifts, strict=True)
         )
         width = C // self.heads
-        if key_mask is None and not (train and self.dropout):
-            gathered = self_attention(query / math.sqrt(width), key, value, self.heads)
+        if key_mask is None:
+            dropout = self.dropout if train else 0.0
+            dropped = self.make_rng("dropout") if dropout else None
+            query /= math.sqrt(width)
+            gathered = self_attention(query, key, value, self.heads, dropout, dropped)
         else:
             query, key, value = (
                 x.reshape(*x.shape[:2], self.heads, width) for x in (query, key, value)
             )
             logits = jnp.einsum("bnhd,bthd->bhnt", query, key, preferred_element_type=jnp.float32)
-            logits /= math.sqrt(width)
-            if key_mask is not None:
-                logits = jnp.where(key_mask[:, None, None], logits, -1e9)
+            logits = jnp.where(key_mask[:, None, None], logits / math.sqrt(width), -1e9)
             attention = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits))
             gathered = jnp.einsum("bhnt,bthd->bnhd", attention.astype(self.dtype), value)
         return Dense(C, dtype=self.dtype, name="out")(gathered.reshape(queries.shape))

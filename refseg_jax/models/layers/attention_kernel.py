@@ -1,6 +1,7 @@
 """Attention of a map's cells to each other: in XLA's operations, and as a kernel for TPUs."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,34 +12,80 @@ from jax.experimental.pallas import tpu as pltpu
 from refseg_jax.models.layers.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
-# The kernel takes as many heads at a time as fill the lanes of a register, all their keys, and so
-# many queries that there are about as many logits as this of a head at most.
+# The kernels take as many heads at a time as fill the lanes of a register, all their keys, and so
+# many queries that there are about as many logits as this of a head at most. Beside them, in the
+# backward pass, lie the gradients of all those keys and values.
 LOGITS = 1 << 19
-MOST_KEYS = 4096
+MOST_KEYS = 2560
 
 
-def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+def self_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    heads: int,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
     """softmax(q k^T) v of each head; `q` is scaled: q [B,N,C], k, v [B,T,C] -> [B,N,C].
 
-    In the dtype of `q`; logits and softmax are float32. On a TPU, bfloat16 arrays that fill its
-    registers go through a kernel where T = N, in which logits never leave the chip; XLA writes them
-    to memory.
+    Weights are dropped with the probability `dropout`, by the random `key`, and the others divided
+    by what is left of 1. In the dtype of `q`; logits and softmax are float32. On a TPU, bfloat16
+    arrays that fill its registers go through a kernel where T = N, in which logits never leave the
+    chip; XLA writes them to memory.
     """
-    plain = functools.partial(attend, heads=heads)
+    words = words_of(key, len(q), heads) if dropout else jnp.zeros((len(q), heads, 2), jnp.int32)
+    plain = functools.partial(attend, heads=heads, dropout=dropout)
     if q.shape == k.shape and fits_kernel(q, heads):
-        kernel = functools.partial(attend_in_kernel, heads=heads)
-        return jax.lax.platform_dependent(q, k, v, tpu=kernel, default=plain)
-    return plain(q, k, v)
+
+        def kernel(q, k, v, words):
+            return attend_in_kernel(q, k, v, words, heads, dropout)
+
+        return jax.lax.platform_dependent(q, k, v, words, tpu=kernel, default=plain)
+    return plain(q, k, v, words)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+def words_of(key: jax.Array, B: int, heads: int) -> jax.Array:
+    """Two for each head of each sample, of which `kept` makes random bits: int32 [B, heads, 2]."""
+    return jax.lax.bitcast_convert_type(jax.random.bits(key, (B, heads, 2)), jnp.int32)
+
+
+def kept(
+    dropout: float, first: jax.Array, second: jax.Array, query: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Which weights of queries and keys dropout keeps, by their head's two words; all int32.
+
+    The same whatever part of them is computed at a time, and on any device: each query's keys are
+    counted from a random number, and each of the counts is mixed.
+    """
+    return _mixed((_mixed(query + first) ^ second) + key) >= round(dropout * 2**32) - 2**31
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A hash of int32, "lowbias32" of Chris Wellons' Hash Prospector.
+
+    Without its last step, which changes the lower half only: that decides next to nothing.
+    """
+    x = (x ^ jax.lax.shift_right_logical(x, 16)) * 0x7FEB352D
+    return (x ^ jax.lax.shift_right_logical(x, 15)) * (0x846CA68B - 2**32)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, heads: int, dropout: float
+) -> jax.Array:
     """`self_attention` in XLA's operations."""
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], heads, -1)
 
     logits = jnp.einsum("bnhd,bthd->bhnt", split(q), split(k), preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits).astype(q.dtype)
+    weights = jax.nn.softmax(logits)
+    if dropout:
+        query, key = (jnp.arange(n, dtype=jnp.int32) for n in logits.shape[2:])
+        first, second = words[..., 0, None, None], words[..., 1, None, None]
+        keep = kept(dropout, first, second, query[:, None], key)
+        weights = jnp.where(keep, weights / (1 - dropout), 0)
+    weights = weights.astype(q.dtype)
     return jnp.einsum("bhnt,bthd->bnhd", weights, split(v)).reshape(q.shape)
 
 
@@ -56,41 +103,58 @@ def fits_kernel(q: jax.Array, heads: int) -> bool:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend_in_kernel(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """`self_attention` as a kernel for TPUs of arrays that `fits_kernel`.
-
-    Its gradients are those of XLA's operations.
-    """
-    samples, _ = kernel_places()
-    run = functools.partial(_run, heads)
-    return jax.shard_map(run, in_specs=(samples,) * 3, out_specs=samples, check_vma=False)(q, k, v)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend_in_kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, heads: int, dropout: float
+) -> jax.Array:
+    """`self_attention` as a kernel for TPUs of arrays that `fits_kernel`."""
+    return _divided(_forward, heads, dropout, words, q, k, v)
 
 
-def _in_kernel_forward(q, k, v, heads):
-    return attend_in_kernel(q, k, v, heads), (q, k, v)
+def _in_kernel_forward(q, k, v, words, heads, dropout):
+    return attend_in_kernel(q, k, v, words, heads, dropout), (q, k, v, words)
 
 
-def _in_kernel_backward(heads, saved, cotangent):
-    return jax.vjp(functools.partial(attend, heads=heads), *saved)[1](cotangent)
+def _in_kernel_backward(heads, dropout, saved, cotangent):
+    # The logits are computed once more: that takes less than to write and read them.
+    q, k, v, words = saved
+    return *_divided(_backward, heads, dropout, words, q, k, v, cotangent), None
 
 
 attend_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 
 
-@traced_once(0)
-def _run(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _divided(run: Callable, heads: int, dropout: float, *arrays: jax.Array) -> Any:
+    """Runs a kernel where the samples are."""
+    samples, _ = kernel_places()
+    run = functools.partial(run, heads, dropout)
+    return jax.shard_map(run, in_specs=samples, out_specs=samples, check_vma=False)(*arrays)
+
+
+def _blocks(shape: tuple[int, ...], heads: int, rows: int) -> tuple[pl.BlockSpec, ...]:
+    """(words of a sample, so many queries, all keys) at a step of the grid."""
+    _, N, _ = shape
+    return (
+        pl.BlockSpec((1, heads, 2), lambda b, g, i: (b, 0, 0), memory_space=pltpu.SMEM),
+        pl.BlockSpec((1, rows, LANES), lambda b, g, i: (b, i, g)),
+        pl.BlockSpec((1, N, LANES), lambda b, g, i: (b, 0, g)),
+    )
+
+
+@traced_once(0, 1)
+def _forward(
+    heads: int, dropout: float, words: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
     """The kernel for every sample, group of heads and block of queries."""
     B, N, C = q.shape
     steps = pl.cdiv(N * N, LOGITS)
     rows = -(-N // (16 * steps)) * 16  # Two of bfloat16 share one of a register's eight.
-    of_queries = pl.BlockSpec((1, rows, LANES), lambda b, g, i: (b, i, g))
-    of_keys = pl.BlockSpec((1, N, LANES), lambda b, g, i: (b, 0, g))
+    of_sample, of_queries, of_keys = _blocks(q.shape, heads, rows)
     return pl.pallas_call(
-        functools.partial(_kernel, C // heads),
+        functools.partial(_forward_step, C // heads, dropout),
         name="self_attention",
         grid=(B, C // LANES, pl.cdiv(N, rows)),
-        in_specs=[of_queries, of_keys, of_keys],
+        in_specs=[of_sample, of_queries, of_keys, of_keys],
         out_specs=of_queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
@@ -99,20 +163,144 @@ def _run(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             bytes_accessed=4 * q.size * q.dtype.itemsize,
             transcendentals=B * heads * N * N,
         ),
-    )(q, k, v)
+    )(words, q, k, v)
 
 
-def _kernel(width: int, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any) -> None:
+def _forward_step(
+    width: int, dropout: float, words_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any
+) -> None:
     """One step of the grid: heads of `width` channels."""
     q, k, v = q_ref[0], k_ref[0], v_ref[0]
     head = jax.lax.broadcasted_iota(jnp.int32, k.shape, 1) // width
-    y = jnp.zeros(q.shape, jnp.float32)
-    for i in range(LANES // width):
+    drop = _dropper(dropout, words_ref, (len(q), len(k)), 0)
+
+    def attend_head(i: jax.Array, y: jax.Array) -> jax.Array:
         # With zeros in the other heads' channels products take no longer than with fewer channels,
         # and each head's results are where they belong.
         keys, values = (jnp.where(head == i, x, 0) for x in (k, v))
         logits = product(q, keys, 1, 1)
         weights = jnp.exp(logits - logits.max(1, keepdims=True))
-        gathered = product(weights.astype(v.dtype), values, 1, 0)
-        y += gathered / weights.sum(1, keepdims=True)
+        total = (1 - dropout) * weights.sum(1, keepdims=True)
+        return y + product(drop(i, weights).astype(v.dtype), values, 1, 0) / total
+
+    y = _sum_of_heads(width, attend_head, q)
     y_ref[0] = y.astype(y_ref.dtype)
+
+
+def _sum_of_heads(width: int, of_head: Callable, like: jax.Array) -> jax.Array:
+    """What `of_head` makes of each head in a group and the sum so far, at first 0 as `like`.
+
+    While one of two heads waits for its products, the other computes. More of them take turns: the
+    compiler would have more of their logits at hand than fit the memory.
+    """
+    heads = LANES // width
+    zeros = jnp.zeros(like.shape, jnp.float32)
+    return jax.lax.fori_loop(0, heads, of_head, zeros, unroll=heads <= 2)
+
+
+def _dropper(dropout: float, words_ref: Any, shape: tuple[int, int], axis: int) -> Callable:
+    """A function of a head of the group and its weights, which puts zeros in the place of some.
+
+    The weights have this `shape`, of the block's queries along `axis` and of all keys.
+    """
+    if not dropout:
+        return lambda i, weights: weights
+    first_head = pl.program_id(1) * (words_ref.shape[1] // pl.num_programs(1))
+    queries = tuple(n if a == axis else 1 for a, n in enumerate(shape))
+    query = jax.lax.broadcasted_iota(jnp.int32, queries, axis)
+    query += pl.program_id(2) * shape[axis]
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
+
+    def drop(i: jax.Array, weights: jax.Array) -> jax.Array:
+        first, second = (words_ref[0, first_head + i, word] for word in (0, 1))
+        return jnp.where(kept(dropout, first, second, query, key), weights, 0)
+
+    return drop
+
+
+@traced_once(0, 1)
+def _backward(
+    heads: int,
+    dropout: float,
+    words: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    of_y: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v: the kernel for every sample, group of heads and block of queries."""
+    B, N, C = q.shape
+    rows = min(max(LOGITS // N // LANES, 1) * LANES, -(-N // 16) * 16)  # Lanes, of logits.
+    of_sample, of_queries, of_keys = _blocks(q.shape, heads, rows)
+    return pl.pallas_call(
+        functools.partial(_backward_step, C // heads, dropout),
+        name="self_attention_backward",
+        grid=(B, C // LANES, pl.cdiv(N, rows)),
+        in_specs=[of_sample, of_queries, of_keys, of_keys, of_queries],
+        out_specs=[of_queries, of_keys, of_keys],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * 3,
+        scratch_shapes=[pltpu.VMEM((N, LANES), jnp.float32)] * 2,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=10 * B * N * N * C,
+            bytes_accessed=7 * q.size * q.dtype.itemsize,
+            transcendentals=B * heads * N * N,
+        ),
+    )(words, q, k, v, of_y)
+
+
+def _backward_step(
+    width: int,
+    dropout: float,
+    words_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    of_y_ref: Any,
+    of_q_ref: Any,
+    of_k_ref: Any,
+    of_v_ref: Any,
+    sum_k_ref: Any,
+    sum_v_ref: Any,
+) -> None:
+    """One step of the grid: gradients of a block of queries, and its share of those of all keys.
+
+    Logits have a row for each key and a lane for each query: a sum over keys adds up registers, and
+    nothing as large is transposed but for the gradients of queries.
+    """
+    q, k, v, of_y = q_ref[0], k_ref[0], v_ref[0], of_y_ref[0]
+    block, (N, _) = pl.program_id(2), k.shape
+    query = block * len(q) + jax.lax.broadcasted_iota(jnp.int32, q.shape, 0)
+    head_of_q, head_of_k = (
+        jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // width for x in (q, k)
+    )
+    drop = _dropper(dropout, words_ref, (len(k), len(q)), 1)
+
+    @pl.when(block == 0)
+    def _():
+        sum_k_ref[...] = sum_v_ref[...] = jnp.zeros(k.shape, jnp.float32)
+
+    def of_head(i: jax.Array, of_q: jax.Array) -> jax.Array:
+        own = (head_of_q == i) & (query < N)  # Beyond the last query there may be anything.
+        queries, of_own = (jnp.where(own, x, 0) for x in (q, of_y))
+        logits = product(k, queries, 1, 1)
+        weights = jnp.exp(logits - logits.max(0, keepdims=True))
+        weights *= 1 / weights.sum(0, keepdims=True)
+        left = drop(i, weights)
+        of_logits = left * product(v, of_own, 1, 1)
+        of_logits -= weights * of_logits.sum(0, keepdims=True)
+        of_logits = of_logits.astype(q.dtype)
+        sum_v_ref[...] += product(left.astype(q.dtype), of_own, 1, 0)
+        sum_k_ref[...] += product(of_logits, queries, 1, 0)
+        return of_q + product(of_logits, jnp.where(head_of_k == i, k, 0), 0, 0)
+
+    of_q = _sum_of_heads(width, of_head, q)
+    scale = 1 / (1 - dropout)  # Of the weights that are left.
+    of_q_ref[0] = (scale * of_q).astype(q.dtype)
+
+    @pl.when(block == pl.num_programs(2) - 1)
+    def _():
+        of_k_ref[0] = (scale * sum_k_ref[...]).astype(k.dtype)
+        of_v_ref[0] = (scale * sum_v_ref[...]).astype(v.dtype)
