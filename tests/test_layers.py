@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from refseg_jax.models.layers.attention import MultiHeadAttention
+from refseg_jax.models.layers.decoder import class_difference
 from refseg_jax.models.layers.deformable import (
     DeformableEncoder,
     MSDeformAttn,
@@ -170,6 +171,27 @@ def test_resized_conv_equals_torch(size, align_corners, on_tpu, like_a_tpu):
     weight = torch.tensor(kernel).permute(3, 2, 0, 1)
     theirs = torch.nn.functional.conv2d(resized, weight, padding=1).permute(0, 2, 3, 1)
     np.testing.assert_allclose(resized_conv(x, kernel, size, align_corners), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_class_difference(dtype, like_a_tpu):
+    x, kernel, bias = jnp.asarray(normal(2, 3, 5, 16), dtype), normal(16, 2), normal(2)
+    cotangent = normal(2, 3, 5)
+
+    def both(function):
+        y, pull_back = jax.vjp(lambda *arrays: function(*arrays), x, kernel, bias)
+        return y, *pull_back(cotangent)
+
+    def plain(x, kernel, bias):
+        logits = x.astype(jnp.float32) @ kernel.astype(dtype).astype(jnp.float32) + bias
+        return logits[..., 1] - logits[..., 0]
+
+    like_a_tpu()
+    text = str(jax.make_jaxpr(lambda: both(class_difference))())
+    assert ("bf16[16,8]" in text) == (dtype == jnp.bfloat16)  # Eight columns.
+    tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
+    for ours, theirs in zip(both(class_difference), both(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
 
 
 def test_resize_keeps_dtype():

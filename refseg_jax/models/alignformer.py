@@ -261,13 +261,12 @@ class AlignFormer(nn.Module):
         stages = len(cfg.swin.depths)
         for i in range(stages):
             vision = self.swin.stage(i, vision, train)
+            shape, vision = vision.shape, pixels_in_one_axis(vision)
             if cfg.fusion != "none":
-                flat = pixels_in_one_axis(vision)
-                flat, language = self.fusions[i](flat, language, token_mask)
-                vision = flat.reshape(vision.shape)
-            features.append(vision)
+                vision, language = self.fusions[i](vision, language, token_mask)
+            features.append(vision.reshape(shape))
             if i < stages - 1:
-                vision = self.swin.merge(i, vision)
+                vision = self.swin.merge(i, vision.reshape(shape))
         pixels, levels, shapes = self.pixel_decoder(features, train)
         pixels = pixels.astype(jnp.float32)
         if not cfg.grouping:

@@ -90,12 +90,10 @@ class PixelFusion(nn.Module):
 
     @nn.compact
     def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
-        """vision [B, h, w, C], language [B, T, D], token_mask bool [B, T] -> [B, h, w, C]."""
+        """vision [B, n, C], language [B, T, D], token_mask bool [B, T] -> [B, n, C]."""
         attention = PixelWordAttention(self.dim, self.heads, dtype=self.dtype, name="attention")
-        pixels = pixels_in_one_axis(vision)
-        fused = pixels + attention(pixels, language, token_mask)
-        mixed = Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused)
-        return gelu(mixed).reshape(vision.shape)
+        fused = vision + attention(vision, language, token_mask)
+        return gelu(Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused))
 
 
 class LanguageStage(nn.Module):
@@ -110,11 +108,11 @@ class LanguageStage(nn.Module):
     def __call__(
         self, language: jax.Array, token_mask: jax.Array, vision: jax.Array, train: bool
     ) -> jax.Array:
-        """language [B, T, D], token_mask bool [B, T], vision [B, h, w, C] -> [B, T, D]."""
+        """language [B, T, D], token_mask bool [B, T], vision [B, n, C] -> [B, T, D]."""
         layer = nn.remat(BertLayer, static_argnums=(3,)) if self.config.remat else BertLayer
         if self.fused:
             fusion = layer(self.config, self.dtype, name="fusion")
-            language = fusion(language, token_mask, train, pixels_in_one_axis(vision))
+            language = fusion(language, token_mask, train, vision)
         for i in range(self.depth - self.fused):
             block = layer(self.config, self.dtype, name=f"blocks_{i}")
             language = block(language, token_mask, train)
@@ -129,14 +127,12 @@ class Alignment(nn.Module):
 
     @nn.compact
     def __call__(self, vision: jax.Array, sentence: jax.Array) -> jax.Array:
-        """vision [B, h, w, C], sentence [B, D] -> float32 [B, h, w]."""
+        """vision [B, n, C], sentence [B, D] -> float32 [B, n]."""
 
         def unit(x: jax.Array, name: str) -> jax.Array:
             return unit_length(Dense(self.dim, dtype=self.dtype, name=name)(x))
 
-        pixels = unit(pixels_in_one_axis(vision), "vision")
-        cosine = jnp.einsum("bnc,bc->bn", pixels, unit(sentence, "language"))
-        return cosine.reshape(vision.shape[:-1])
+        return jnp.einsum("bnc,bc->bn", unit(vision, "vision"), unit(sentence, "language"))
 
 
 class CrossVLT(nn.Module):
@@ -187,23 +183,26 @@ class CrossVLT(nn.Module):
         cfg = self.config
         language = self.bert(tokens, token_mask, train)
         vision = self.swin.embed(image.astype(self.dtype))
+        shape, vision = vision.shape, pixels_in_one_axis(vision)
         features, stage_logits = [], []
         last = len(cfg.swin.depths) - 1
         for i in range(last + 1):
             fused = i + 1 in cfg.fusion_stages
             if i:
                 language = self.language_stages[i - 1](language, token_mask, vision, train)
-            vision = self.swin.stage(i, vision, train)
+            vision = pixels_in_one_axis(self.swin.stage(i, vision.reshape(shape), train))
             if i + 1 in cfg.align_stages:
-                stage_logits.append(self._stage_logits(i, vision, language))
+                logits = self._stage_logits(i, vision, language)
+                stage_logits.append(logits.reshape(shape[:-1]))
             feature = vision
             if fused:
                 feature = self.fusions[i](vision, language, token_mask)
                 # The last gate's result goes nowhere; published checkpoints have it all the same.
                 vision = self.gates[i](vision, feature)  # Eq. 2: M_i.
-            features.append(feature)
+            features.append(feature.reshape(shape))
             if i < last:
-                vision = self.swin.merge(i, vision)
+                vision = self.swin.merge(i, vision.reshape(shape))
+                shape, vision = vision.shape, pixels_in_one_axis(vision)
                 if fused:  # Eq. 3-4.
                     update = self.merged_fusions[i](vision, language, token_mask)
                     vision = self.merged_gates[i](vision, update)

@@ -55,7 +55,7 @@ class PWAM(nn.Module):
 
     @nn.compact
     def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
-        """vision [B, h, w, C], language [B, T, D], token_mask bool [B, T] -> [B, h, w, C]."""
+        """vision [B, n, C], language [B, T, D], token_mask bool [B, T] -> [B, n, C]."""
         C = vision.shape[-1]
 
         def project(x: jax.Array, name: str) -> jax.Array:
@@ -63,9 +63,8 @@ class PWAM(nn.Module):
 
         # As released, the scale is the whole width's, however many heads share it.
         attention = PixelWordAttention(C, self.heads, C**-0.5, self.dtype, name="attention")
-        pixels = pixels_in_one_axis(vision)
-        gathered = attention(pixels, language, token_mask)
-        return project(project(pixels, "vision") * gathered, "mix").reshape(vision.shape)
+        gathered = attention(vision, language, token_mask)
+        return project(project(vision, "vision") * gathered, "mix")
 
 
 class LAVT(nn.Module):
@@ -96,9 +95,11 @@ class LAVT(nn.Module):
         features = []
         for i, (fusion, gate) in enumerate(zip(self.fusions, self.gates, strict=True)):
             vision = self.swin.stage(i, self.swin.merge(i - 1, vision) if i else vision, train)
-            features.append(fusion(vision, language, token_mask))
+            pixels = pixels_in_one_axis(vision)
+            feature = fusion(pixels, language, token_mask)
+            features.append(feature.reshape(vision.shape))
             # The last gate's result goes nowhere; published checkpoints have it all the same.
-            vision = gate(vision, features[-1])
+            vision = gate(pixels, feature).reshape(vision.shape)
         return self.decoder(features, image.shape[1:3], train)
 
     def loss(

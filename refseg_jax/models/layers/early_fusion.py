@@ -13,7 +13,8 @@ def pixels_in_one_axis(x: jax.Array) -> jax.Array:
     """[B,...,C] -> [B,pixels,C], as Swin's blocks have them.
 
     What works on pixels by themselves should work on these: a TPU's tiles of 8 or 16 pixels fit few
-    maps' rows, and between one form and the other its compiler moves everything.
+    maps' rows, and between one form and the other its compiler moves everything. And what several
+    layers use should be of this form, in which their gradients are added up then.
     """
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
@@ -76,7 +77,7 @@ class PixelWordAttention(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    """x + gate(r) r with gate = linear, ReLU, linear, tanh, without biases: [B,...,C] -> same.
+    """x + gate(r) r with gate = linear, ReLU, linear, tanh, without biases: [B,n,C] -> same.
 
     `shut`: the gate is almost shut at first, so that a pretrained encoder starts undisturbed.
     """
@@ -93,6 +94,5 @@ class GatedResidual(nn.Module):
         def dense(name: str) -> Dense:
             return Dense(x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=init, name=name)
 
-        shape, x, update = x.shape, pixels_in_one_axis(x), pixels_in_one_axis(update)
         gate = jnp.tanh(dense("fc2")(nn.relu(dense("fc1")(update))))
-        return (x + gate * update).reshape(shape)
+        return x + gate * update
