@@ -8,14 +8,10 @@ import pytest
 
 from refseg_jax.models.cris import Attention
 from refseg_jax.models.layers import attention_kernel
-from refseg_jax.models.layers.attention_kernel import (
-    attend,
-    attend_in_kernel,
-    fits_kernel,
-    kept,
-    words_of,
-)
+from refseg_jax.models.layers.attention_kernel import attend, attend_in_kernel, fits_kernel
+from refseg_jax.models.layers.dropout import words_of
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
+from tests.test_dropout import mask_of
 
 RNG = np.random.default_rng(0)
 
@@ -44,7 +40,7 @@ def test_kernel(cells, C, heads, logits, devices, dropout, interpreted, monkeypa
 
     def results(attention):
         def function(q, k, v, cotangent):
-            words = words_of(jax.random.key(0), len(q), heads)
+            words = words_of(jax.random.key(0), (len(q), heads))
 
             def attend(q, k, v):
                 return attention(q, k, v, words, heads, dropout)
@@ -62,7 +58,7 @@ def test_dropout_is_that_of_flax():
     B, N, heads, rate = 2, 16, 4, 0.3
     q, k, v = RNG.normal(size=(3, B, N, heads, 8)).astype(np.float32)
     weights = jax.nn.softmax(jnp.einsum("bnhd,bthd->bhnt", q, k))
-    words = words_of(jax.random.key(0), B, heads)
+    words = words_of(jax.random.key(0), (B, heads))
     kept = mask_of(words, rate, N)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jax.random.bernoulli", lambda key, p, shape: kept)
@@ -74,13 +70,6 @@ def test_dropout_is_that_of_flax():
     np.testing.assert_allclose(attend(q, k, v, words, heads, rate), expected, atol=1e-6)
 
 
-def mask_of(words, rate, cells):
-    """Which weights are kept, bool [B, heads, cells, cells]."""
-    first, second = jnp.moveaxis(jnp.asarray(words), 2, 0)[..., None, None]
-    cell = jnp.arange(cells, dtype=jnp.int32)
-    return np.asarray(kept(rate, first, second, cell[:, None], cell))
-
-
 @pytest.mark.parametrize("devices", [1, 2])
 def test_mask_is_the_same_on_any_devices(devices, interpreted, monkeypatch):
     monkeypatch.setattr(attention_kernel, "LOGITS", 1000)  # Four blocks of queries.
@@ -90,53 +79,12 @@ def test_mask_is_the_same_on_any_devices(devices, interpreted, monkeypatch):
     own = np.broadcast_to(np.tile(np.eye(cells, dtype=np.float32), heads), alike.shape)
 
     def function(q, v):
-        words = words_of(jax.random.key(1), B, heads)
+        words = words_of(jax.random.key(1), (B, heads))
         return attend_in_kernel(q, q, v, words, heads, 0.3)
 
     y = on_devices(devices, function, alike, own).reshape(B, cells, heads, cells)
-    expected = mask_of(words_of(jax.random.key(1), B, heads), 0.3, cells)
+    expected = mask_of(words_of(jax.random.key(1), (B, heads)), 0.3, cells)
     np.testing.assert_array_equal(y.transpose(0, 2, 1, 3) > 0, expected)
-
-
-def dependence(mask, rate):
-    """How far those of any two places along an axis agree more than by chance.
-
-    In standard deviations: the worst of all pairs, and of the sum of all pairs' squares.
-    """
-    z = (mask - (1 - rate)) / np.sqrt(rate * (1 - rate))
-    worst = []
-    for axis in range(z.ndim):
-        rows = np.moveaxis(z, axis, 0).reshape(z.shape[axis], -1)
-        pairs = (rows @ rows.T / np.sqrt(rows.shape[1]))[np.triu_indices(len(rows), 1)]
-        worst += [np.abs(pairs).max(), abs((pairs**2 - 1).sum()) / np.sqrt(2 * len(pairs))]
-    return max(worst)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_mask_is_random(rate):
-    mask = mask_of(words_of(jax.random.key(2), 4, 8), rate, 128)
-    share = mask.mean((2, 3))  # Of each head and sample.
-    assert abs(mask.mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / mask.size)
-    assert np.abs(share - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / 128**2)
-    assert dependence(mask, rate) < 6
-    for head in mask[0]:
-        assert dependence(head, rate) < 10  # Of 128 weights only: not quite normal.
-    # It would be found out.
-    for axis in range(4):
-        twice = np.concatenate([mask, np.take(mask, [0], axis)], axis)
-        assert dependence(twice, rate) > 50
-    grid = mask[0, 0, :1] ^ mask[0, 0, :, :1]
-    assert dependence(grid, rate) > 50
-
-
-def test_words_that_are_close_to_each_other():
-    words = np.array([[[7, 1], [8, 1], [8, 2], [8, -1000]]], np.int32)
-    here, same, *others = np.where(mask_of(words, 0.5, 128)[0], 1, -1)
-    assert (here[1:] == same[:-1]).all()
-    for other in others:
-        for shift in range(8):
-            there = other[: len(other) - shift]
-            assert abs((here[shift:] * there).sum()) < 5 * np.sqrt(there.size)
 
 
 def test_which_arrays_fit():

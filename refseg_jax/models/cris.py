@@ -22,6 +22,7 @@ from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.dropout import Dropout
 from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
@@ -179,7 +180,7 @@ class Attention(nn.Module):
             )
             logits = jnp.einsum("bnhd,bthd->bhnt", query, key, preferred_element_type=jnp.float32)
             logits = jnp.where(key_mask[:, None, None], logits / math.sqrt(width), -1e9)
-            attention = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.softmax(logits))
+            attention = Dropout(self.dropout)(jax.nn.softmax(logits), train)
             gathered = jnp.einsum("bhnt,bthd->bnhd", attention.astype(self.dtype), value)
         return Dense(C, dtype=self.dtype, name="out")(gathered.reshape(queries.shape))
 
@@ -202,7 +203,9 @@ class DecoderLayer(nn.Module):
     ) -> jax.Array:
         """pixels [B, S, C], words [B, T, C], positions [S, C] and [T, C] -> pixels."""
         cfg = self.config
-        dropout = nn.Dropout(cfg.dropout, deterministic=not train)
+
+        def dropout(x: jax.Array) -> jax.Array:
+            return Dropout(cfg.dropout)(x, train)
 
         def norm(x: jax.Array, name: str) -> jax.Array:
             return LayerNorm(EPSILON, self.dtype, name=name)(x)

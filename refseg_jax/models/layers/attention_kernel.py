@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from refseg_jax.models.layers.dropout import kept, words_of
 from refseg_jax.models.layers.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
@@ -34,7 +35,7 @@ def self_attention(
     arrays that fill its registers go through a kernel where T = N, in which logits never leave the
     chip; XLA writes them to memory.
     """
-    words = words_of(key, len(q), heads) if dropout else jnp.zeros((len(q), heads, 2), jnp.int32)
+    words = words_of(key, (len(q), heads)) if dropout else jnp.zeros((len(q), heads, 2), jnp.int32)
     plain = functools.partial(attend, heads=heads, dropout=dropout)
     if q.shape == k.shape and fits_kernel(q, heads):
 
@@ -43,31 +44,6 @@ def self_attention(
 
         return jax.lax.platform_dependent(q, k, v, words, tpu=kernel, default=plain)
     return plain(q, k, v, words)
-
-
-def words_of(key: jax.Array, B: int, heads: int) -> jax.Array:
-    """Two for each head of each sample, of which `kept` makes random bits: int32 [B, heads, 2]."""
-    return jax.lax.bitcast_convert_type(jax.random.bits(key, (B, heads, 2)), jnp.int32)
-
-
-def kept(
-    dropout: float, first: jax.Array, second: jax.Array, query: jax.Array, key: jax.Array
-) -> jax.Array:
-    """Which weights of queries and keys dropout keeps, by their head's two words; all int32.
-
-    The same whatever part of them is computed at a time, and on any device: each query's keys are
-    counted from a random number, and each of the counts is mixed.
-    """
-    return _mixed((_mixed(query + first) ^ second) + key) >= round(dropout * 2**32) - 2**31
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """A hash of int32, "lowbias32" of Chris Wellons' Hash Prospector.
-
-    Without its last step, which changes the lower half only: that decides next to nothing.
-    """
-    x = (x ^ jax.lax.shift_right_logical(x, 16)) * 0x7FEB352D
-    return (x ^ jax.lax.shift_right_logical(x, 15)) * (0x846CA68B - 2**32)
 
 
 def attend(

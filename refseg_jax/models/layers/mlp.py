@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.dropout import Dropout
 
 
 class MLP(nn.Module):
@@ -25,6 +26,6 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for i, width in enumerate(self.widths):
             if i:
-                x = nn.Dropout(self.dropout)(self.activation(x), deterministic=not train)
+                x = Dropout(self.dropout)(self.activation(x), train)
             x = Dense(width, use_bias=self.use_bias, dtype=self.dtype)(x)
         return x

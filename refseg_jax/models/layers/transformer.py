@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from refseg_jax.models.layers.attention import MultiHeadAttention
+from refseg_jax.models.layers.dropout import Dropout
 from refseg_jax.models.layers.mlp import MLP
 
 
@@ -18,7 +19,7 @@ class AddNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, update: jax.Array, train: bool = False) -> jax.Array:
-        update = nn.Dropout(self.dropout)(update, deterministic=not train)
+        update = Dropout(self.dropout)(update, train)
         return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x + update)
 
 
@@ -76,7 +77,7 @@ class DecoderLayer(nn.Module):
                 end = AddNorm(self.dropout, self.dtype, name=f"{name}_end")
                 return end(x, update(x), train)
             norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")
-            return x + nn.Dropout(self.dropout)(update(norm(x)), deterministic=not train)
+            return x + Dropout(self.dropout)(update(norm(x)), train)
 
         def attention(name: str) -> MultiHeadAttention:
             return MultiHeadAttention(self.dim, self.heads, self.dtype, name=name)
