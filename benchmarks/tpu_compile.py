@@ -106,6 +106,7 @@ class Program:
         self.cycles: collections.Counter[str] = collections.Counter()
         self.collectives: dict[str, list[int]] = {}
         self._lines: dict[str, list[str]] = {}
+        self._channels: set[str] = set()  # Of collectives that were counted.
         entry = name = ""
         for line in text.splitlines():
             header = re.match(r"(ENTRY )?%?([\w.\-]+) .*-> .*\{$", line)
@@ -137,13 +138,27 @@ class Program:
                 name = re.search(r'op_name="([^"]*)"', line)
                 key = place(name.group(1) if name else "")
                 self.cycles[key] += int(cycles.group(1)) * times
-            kind = re.search(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
             # What is scattered is a fusion of an all-reduce and what picks a chip's part.
-            kind = kind or re.search(r" = (.*?) fusion\(.* calls=%?all-(reduce-scatter)", line)
-            if kind:
-                row = self.collectives.setdefault(kind.group(2), [0, 0])
-                row[0] += times
-                row[1] += times * result_bytes(kind.group(1))
+            scattered = re.search(r" = (.*?) fusion\(.* calls=%?all-(reduce-scatter)", line)
+            if scattered:
+                self._moved(*scattered.groups(), times)
+                continue
+            # Others may be spread over the fusions beside which they run.
+            fused = re.search(r" fusion\(.* calls=%?([\w.\-]+)", line)
+            for op in (line, *self._lines.get(fused.group(1), ())) if fused else (line,):
+                kind = re.search(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", op)
+                channel = kind and re.search(r"channel_id=(\d+)", op)
+                if channel and channel.group(1) in self._channels:
+                    continue
+                if channel:
+                    self._channels.add(channel.group(1))
+                if kind:
+                    self._moved(*kind.groups(), times)
+
+    def _moved(self, types: str, kind: str, times: int) -> None:
+        row = self.collectives.setdefault(kind, [0, 0])
+        row[0] += times
+        row[1] += times * result_bytes(types)
 
 
 def result_bytes(types: str) -> int:

@@ -22,7 +22,8 @@ from tests.conftest import REPO  # noqa: E402
 
 ROWS = [json.loads(line) for line in (tpu_compile.DOCS / "scale.jsonl").read_text().splitlines()]
 
-# The scheduled text of a program: a loop of 3 rounds, a pair of all-reduces beside it.
+# The scheduled text of a program: a loop of 3 rounds, and beside it a pair of all-reduces, an
+# all-gather in two fusions, and an all-reduce of which each chip keeps a part.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %condition.1 (p.1: (s32[], bf16[8,128])) -> pred[] {
@@ -30,6 +31,14 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %n.1 = s32[]{:T(128)} constant(3)
   %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
   ROOT %less.1 = pred[]{:T(512)} compare(%i.1, %n.1), direction=LT
+}
+
+%beside.1 (p.4: f32[8,128]) -> f32[32,128] {
+  %g.1 = f32[32,128]{1,0} all-gather(%p.4), channel_id=9
+}
+
+%beside.2 (p.5: f32[8,128]) -> f32[32,128] {
+  %g.2 = f32[32,128]{1,0} all-gather(%p.5), channel_id=9
 }
 
 %body.1 (p.2: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
@@ -40,6 +49,8 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 ENTRY %main.1 (x.1: bf16[8,128]) -> bf16[8,128] {
   %f.2 = bf16[8,128]{1,0} fusion(%x.1), metadata={op_name="jit(step)/M/blocks_0_0/dot"}, backend_config={"window_config":{"estimated_cycles":"7"}}
   %r.2 = (f32[16]{0:T(256)S(1)}, pred[4]{0}) all-reduce-start(%f.2, %f.2), channel_id=2
+  %f.3 = f32[32,128]{1,0} fusion(%x.1), kind=kOutput, calls=%beside.1
+  %f.4 = f32[32,128]{1,0} fusion(%f.3), kind=kOutput, calls=%beside.2
   %r.3 = (bf16[2,128]{1,0}, bf16[4]{0}) fusion(%f.2, %f.2), kind=kCustom, calls=%all-reduce-scatter.7
   %w.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%t.1), condition=%condition.1, body=%body.1
 }
@@ -123,6 +134,7 @@ def test_loops_and_collectives_of_a_program():
     assert program.cycles == {"M/blocks*/dot": 307}
     assert program.collectives == {
         "all-reduce": [4, 3 * 8 * 128 * 2 + 16 * 4 + 4],
+        "all-gather": [1, 32 * 128 * 4],
         "reduce-scatter": [1, 2 * 128 * 2 + 4 * 2],
     }
 
