@@ -106,7 +106,6 @@ class Program:
         self.cycles: collections.Counter[str] = collections.Counter()
         self.collectives: dict[str, list[int]] = {}
         self._lines: dict[str, list[str]] = {}
-        self._channels: set[str] = set()  # Of collectives that were counted.
         entry = name = ""
         for line in text.splitlines():
             header = re.match(r"(ENTRY )?%?([\w.\-]+) .*-> .*\{$", line)
@@ -126,6 +125,7 @@ class Program:
 
     def _add(self, computation: str, times: int) -> None:
         """Adds what `computation` takes when it runs so many times."""
+        channels: set[str] = set()  # Of collectives that were counted.
         for line in self._lines[computation]:
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
@@ -138,7 +138,7 @@ class Program:
                 name = re.search(r'op_name="([^"]*)"', line)
                 key = place(name.group(1) if name else "")
                 self.cycles[key] += int(cycles.group(1)) * times
-            # What is scattered is a fusion of an all-reduce and what picks a chip's part.
+            # What is scattered is a fusion, of this name, of an all-reduce and what picks a part.
             scattered = re.search(r" = (.*?) fusion\(.* calls=%?all-(reduce-scatter)", line)
             if scattered:
                 self._moved(*scattered.groups(), times)
@@ -148,10 +148,10 @@ class Program:
             for op in (line, *self._lines.get(fused.group(1), ())) if fused else (line,):
                 kind = re.search(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", op)
                 channel = kind and re.search(r"channel_id=(\d+)", op)
-                if channel and channel.group(1) in self._channels:
+                if channel and channel.group(1) in channels:
                     continue
                 if channel:
-                    self._channels.add(channel.group(1))
+                    channels.add(channel.group(1))
                 if kind:
                     self._moved(*kind.groups(), times)
 

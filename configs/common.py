@@ -132,6 +132,8 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.eval.limit_in_training = 0  # Sentences per evaluation during training; 0: all.
 
     # Devices: data x fsdp, -1 for "the rest". Rules: (path regex, axis name or None per dimension).
+    # Of other arrays those of so many numbers are split, over fsdp or, if that is 1 and they are
+    # the optimiser's moments, over data.
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, rules=(), min_fsdp_size=2**14))
     # A machine without accelerators counts as so many devices: two small programs keep two cores
     # busier than one program with two threads does.

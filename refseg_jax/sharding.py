@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from refseg_jax.errors import UserError
 from refseg_jax.optim import path_name
 
-# Batches are split over both axes; parameters over "fsdp" alone.
+# Batches are split over both axes; parameters over "fsdp" alone, and where there is one of it the
+# optimiser's moments over "data".
 AXES = ("data", "fsdp")
 
 
@@ -97,7 +98,7 @@ def kernel_places() -> tuple[PartitionSpec, PartitionSpec]:
 def largest_divisible(
     shape: tuple[int, ...], axis: str, parts: int, min_size: int
 ) -> PartitionSpec:
-    """Splits the largest dimension that `parts` divides, in arrays of at least `min_size`."""
+    """Splits the largest dimension that `parts` divides over `axis`, from `min_size` numbers on."""
     candidates = [i for i, n in enumerate(shape) if n % parts == 0]
     if parts == 1 or math.prod(shape) < min_size or not candidates:
         return PartitionSpec()
@@ -110,9 +111,10 @@ def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**1
 
     `rules` is an ordered sequence of (path regex, tuple with an axis name or None per dimension);
     the first regex found in the leaf's path wins. Optimiser moments carry their parameter's path,
-    hence its rule. A leaf that matches none takes `largest_divisible` over "fsdp". On a mesh
-    without that axis the moments take it over "data": every device has the parameters, but updates
-    only those of its own share, which all then gather (arXiv:2004.13336; ZeRO's first stage).
+    hence its rule. A leaf that matches none takes `largest_divisible` over "fsdp". Where that axis
+    is 1 the moments take it over "data": every device has the parameters, but updates only those of
+    its own share, which all then gather (arXiv:2004.13336; ZeRO's first stage). Averages (`ema`)
+    are not shared so.
     """
 
     def spec(path, leaf):

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from refseg_jax.errors import UserError
+from refseg_jax.models.cris import CRISConfig
+from refseg_jax.models.layers import dropout
 from refseg_jax.models.layers.dropout import Dropout, kept, words_of
 from refseg_jax.sharding import batch_sharding, make_mesh
 
@@ -19,15 +22,15 @@ def dropped(x, seed=0, train=True):
 def test_dropout(shape):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.bfloat16)
     y, pull_back = jax.vjp(dropped, x)
-    kept = np.asarray(y != 0)
-    np.testing.assert_array_equal(y, jnp.where(kept, x / (1 - RATE), 0))
+    left = np.asarray(y != 0)
+    np.testing.assert_array_equal(y, jnp.where(left, x / (1 - RATE), 0))
     assert y.dtype == x.dtype
     (of_x,) = pull_back(jnp.ones_like(x))
-    np.testing.assert_array_equal(of_x, jnp.where(kept, jnp.ones_like(x) / (1 - RATE), 0))
-    assert abs(kept.mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / x.size)
+    np.testing.assert_array_equal(of_x, jnp.where(left, jnp.ones_like(x) / (1 - RATE), 0))
+    assert abs(left.mean() - (1 - RATE)) < 4 * np.sqrt(RATE * (1 - RATE) / x.size)
     assert (dropped(x, 1) != y).any()
     np.testing.assert_array_equal(dropped(x, train=False), x)
-    rows = kept.reshape(-1, 64)
+    rows = left.reshape(-1, 64)
     assert len(np.unique(rows, axis=0)) == len(rows)  # No two samples or rows are alike.
 
 
@@ -35,6 +38,23 @@ def test_dropout_is_the_same_on_any_devices():
     x = jnp.ones((4, 8, 16))
     divided = jax.device_put(x, batch_sharding(make_mesh(4, 1)))
     np.testing.assert_array_equal(jax.jit(dropped)(divided), dropped(x))
+
+
+def test_rows_are_those_of_the_hash(monkeypatch):
+    words = jnp.asarray([[3, 4], [5, 6]], jnp.int32)
+    monkeypatch.setattr(dropout, "words_of", lambda key, shape: words)
+    mask = np.asarray(dropped(jnp.ones((2, 3, 5, 8))) != 0)
+    for b, (first, second) in enumerate(np.asarray(words)):
+        for i in range(3):
+            for j in range(5):
+                row = kept(RATE, first, second, np.int32(5 * i + j), np.arange(8, dtype=np.int32))
+                np.testing.assert_array_equal(mask[b, i, j], row)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
+def test_what_is_no_rate(rate):
+    with pytest.raises(UserError, match=f"config.model.dropout={rate} is not a rate"):
+        CRISConfig(dropout=rate)
 
 
 def test_a_rate_of_0_needs_no_random_stream():

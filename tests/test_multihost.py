@@ -169,7 +169,7 @@ def groups(tmp_path_factory):
     """whole: 1 process, 2 devices, unbroken. stopped: 2 processes, SIGTERM to the second of them.
     one, four: it goes on with 1 process of 1 device, and with 4. faulty: 2, the second fails."""
     root = tmp_path_factory.mktemp("groups")
-    found = {"stopped": Group(root / "stopped", 2, pause=0.25, mesh__data=1, mesh__fsdp=-1)}
+    found = {"stopped": Group(root / "stopped", 2, pause=0.25)}
     try:
         stopped = found["stopped"]
         found["whole"] = Group(root / "whole", 1)

@@ -23,6 +23,7 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.deformable import DeformableEncoder
 from refseg_jax.models.layers.dense import Dense, Weights
+from refseg_jax.models.layers.dropout import check_rate
 from refseg_jax.models.layers.early_fusion import pixels_in_one_axis
 from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.positions import sine_positions
@@ -61,6 +62,7 @@ class AlignFormerConfig:
     cmic_samples: int = 20  # M.
 
     def __post_init__(self):
+        check_rate(self.dropout)
         if self.fusion not in FUSIONS:
             raise UserError(
                 f"config.model.fusion={self.fusion!r} is not one of {', '.join(FUSIONS)}"

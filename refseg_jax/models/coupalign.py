@@ -25,6 +25,7 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.decoder import ConvBlock
 from refseg_jax.models.layers.dense import Dense, Weights
+from refseg_jax.models.layers.dropout import check_rate
 from refseg_jax.models.layers.early_fusion import GatedResidual, pixels_in_one_axis
 from refseg_jax.models.layers.norms import EPSILON
 from refseg_jax.models.layers.positions import sine_positions
@@ -69,6 +70,7 @@ class CoupAlignConfig:
     aux_normalize: bool = True  # Open: vectors of length 1 in eq. 14-15.
 
     def __post_init__(self):
+        check_rate(self.dropout)
         for name, choices in (
             ("backbone", BACKBONES),
             ("direction", ("bi", "uni")),

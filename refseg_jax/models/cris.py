@@ -22,7 +22,7 @@ from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense
-from refseg_jax.models.layers.dropout import Dropout
+from refseg_jax.models.layers.dropout import Dropout, check_rate
 from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
@@ -54,6 +54,7 @@ class CRISConfig:
     prior: float = 0.0
 
     def __post_init__(self):
+        check_rate(self.dropout)
         if self.sentence not in SENTENCES:
             raise UserError(
                 f"config.model.sentence={self.sentence!r} is not one of {', '.join(SENTENCES)}"

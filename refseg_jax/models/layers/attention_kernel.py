@@ -15,7 +15,8 @@ from refseg_jax.sharding import divides_samples, kernel_places
 
 # The kernels take as many heads at a time as fill the lanes of a register, all their keys, and so
 # many queries that there are about as many logits as this of a head at most. Beside them, in the
-# backward pass, lie the gradients of all those keys and values.
+# backward pass, lie the gradients of all those keys and values: they limit the cells, in evaluation
+# too.
 LOGITS = 1 << 19
 MOST_KEYS = 2560
 
@@ -30,10 +31,10 @@ def self_attention(
 ) -> jax.Array:
     """softmax(q k^T) v of each head; `q` is scaled: q [B,N,C], k, v [B,T,C] -> [B,N,C].
 
-    Weights are dropped with the probability `dropout`, by the random `key`, and the others divided
-    by what is left of 1. In the dtype of `q`; logits and softmax are float32. On a TPU, bfloat16
-    arrays that fill its registers go through a kernel where T = N, in which logits never leave the
-    chip; XLA writes them to memory.
+    Weights are dropped with the probability `dropout`, for which it needs the random `key`, and the
+    others divided by what is left of 1. In the dtype of `q`; logits and softmax are float32. On a
+    TPU, bfloat16 arrays that fill its registers go through a kernel where T = N, in which logits
+    never leave the chip; XLA writes them to memory.
     """
     words = words_of(key, (len(q), heads)) if dropout else jnp.zeros((len(q), heads, 2), jnp.int32)
     plain = functools.partial(attend, heads=heads, dropout=dropout)

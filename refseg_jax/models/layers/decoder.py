@@ -68,8 +68,9 @@ def class_difference(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Ar
 def _along_channels(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [B,h,w,C] times kernel [C], summed: f32 [B,h,w].
 
-    In evaluation a TPU does it with the map that it is computing. In training the map is there
-    already, and to its matrix units a column of eight is less than a sum over lanes.
+    In evaluation a TPU does it with the map that it is computing. Where gradients are taken the map
+    is in memory, and a product with eight columns, seven of them zeros, takes less than a sum over
+    lanes.
     """
     return jnp.einsum("bhwc,c->bhw", x, kernel, preferred_element_type=jnp.float32)
 
@@ -79,7 +80,7 @@ def _along_channels_forward(x, kernel):
         columns = jnp.pad(kernel[:, None], ((0, 0), (0, 7)))
         return jnp.einsum("bhwc,ck->bhwk", x, columns, preferred_element_type=jnp.float32)[..., 0]
 
-    if x.dtype == jnp.bfloat16:  # It would round float32 to that.
+    if x.dtype == jnp.bfloat16:  # A TPU's products round float32 to that.
         y = jax.lax.platform_dependent(x, kernel, tpu=by_product, default=_along_channels)
     else:
         y = _along_channels(x, kernel)

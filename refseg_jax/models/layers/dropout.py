@@ -6,13 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refseg_jax.errors import UserError
+
 
 class Dropout(nn.Module):
     """Drops numbers with the probability `rate`, and divides the others by what is left of 1.
 
     `__call__(x [B,...,C], train) -> same`, with the random stream "dropout"; only if `train`. What
-    `nn.Dropout` does, but for the bits: XLA computes them again in each operation that reads what
-    was dropped, and those of JAX's generator cost as much as the products there (docs/scale.md).
+    `nn.Dropout` does at rates below 1, but for the bits: XLA computes them again in each operation
+    that reads what was dropped, and those of JAX's generator cost as much as the products there
+    (docs/scale.md).
     """
 
     rate: float
@@ -28,18 +31,25 @@ class Dropout(nn.Module):
         return jnp.where(kept(self.rate, first, second, row, channel), x / (1 - self.rate), 0)
 
 
+def check_rate(rate: float) -> None:
+    """Raises a UserError if `rate`, of config.model.dropout, is none."""
+    if not 0 <= rate < 1:
+        raise UserError(f"config.model.dropout={rate} is not a rate from 0 to less than 1")
+
+
 def words_of(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random words, of two of which `kept` makes all bits of a sample: int32 [*shape, 2]."""
+    """Two words for each sample, or head of one, whose bits `kept` makes: int32 [*shape, 2]."""
     return jax.lax.bitcast_convert_type(jax.random.bits(key, (*shape, 2)), jnp.int32)
 
 
 def kept(
     rate: float, first: jax.Array, second: jax.Array, row: jax.Array, column: jax.Array
 ) -> jax.Array:
-    """Which numbers of rows and columns dropout keeps, by two words; all int32.
+    """Which numbers of rows and columns dropout keeps, by two words: int32 -> bool, broadcast.
 
     The same whatever part of them is computed at a time, and on any device: each row's columns are
-    counted from a random number, and each of the counts is mixed.
+    counted from a random number, and each of the counts is mixed. Where those of two rows are close
+    by chance, their bits are the same but shifted. 0 <= rate < 1.
     """
     return _mixed((_mixed(row + first) ^ second) + column) >= round(rate * 2**32) - 2**31
 
@@ -47,7 +57,8 @@ def kept(
 def _mixed(x: jax.Array) -> jax.Array:
     """A hash of int32, "lowbias32" of Chris Wellons' Hash Prospector.
 
-    Without its last step, which changes the lower half only: that decides next to nothing.
+    Without its last step, which changes the lower half only: that decides next to nothing in the
+    end, and is mixed once more before.
     """
     x = (x ^ jax.lax.shift_right_logical(x, 16)) * 0x7FEB352D
     return (x ^ jax.lax.shift_right_logical(x, 15)) * (0x846CA68B - 2**32)

@@ -13,8 +13,8 @@ def pixels_in_one_axis(x: jax.Array) -> jax.Array:
     """[B,...,C] -> [B,pixels,C], as Swin's blocks have them.
 
     What works on pixels by themselves should work on these: a TPU's tiles of 8 or 16 pixels fit few
-    maps' rows, and between one form and the other its compiler moves everything. And what several
-    layers use should be of this form, in which their gradients are added up then.
+    maps' rows, and between one form and the other its compiler moves everything. So should what
+    several layers use: their gradients are added up in the form it has.
     """
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
