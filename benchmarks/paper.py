@@ -73,8 +73,11 @@ def random_batch(config: ml_collections.ConfigDict, rows: int) -> dict[str, jax.
     }
 
 
-def product_flops(jaxpr: Jaxpr) -> int:
-    """Floating-point operations of the products and convolutions of a jaxpr, loops unrolled."""
+def product_flops(jaxpr: Jaxpr, unrolled: bool = True) -> int:
+    """Floating-point operations of the products and convolutions of a jaxpr.
+
+    With its loops `unrolled`, or of one round of each.
+    """
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -86,14 +89,14 @@ def product_flops(jaxpr: Jaxpr) -> int:
             kernel = eqn.invars[1].aval.shape
             each = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * each
-        inner = [product_flops(x) for x in jaxprs_in_params(eqn.params)]
+        inner = [product_flops(x, unrolled) for x in jaxprs_in_params(eqn.params)]
         platforms = eqn.params.get("branches_platforms")
         if platforms:  # A platform's own way to the same numbers is not the model's.
             total += inner[platforms.index(None)]
         elif eqn.primitive.name == "cond":
             total += max(inner)
         else:
-            total += eqn.params.get("length", 1) * sum(inner)
+            total += (eqn.params.get("length", 1) if unrolled else 1) * sum(inner)
     return total
 
 

@@ -5,8 +5,9 @@ benchmarks/tpu_compile.py starts this as a process of its own, in which libtpu w
 instructions of each kernel, compiled by itself: one bundle of them per cycle, as often as the
 kernel's grid has steps, which a chip's cores share if they can. What it does in some steps only
 counts in those, and a loop as often as it runs, or, where its end is data, as it may at most. And
-at least as many cycles as the chip's memory takes, at its full speed, for what the kernel reads
-and writes.
+at least as many cycles as the chip's matrix units take, at their peak, for the kernel's products,
+as their instructions may follow each other faster than that, and as its memory takes, at its full
+speed, for what the kernel reads and writes.
 
     python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
 
@@ -30,7 +31,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.paper import jaxprs_in_params, paper_config
+from benchmarks.paper import jaxprs_in_params, paper_config, product_flops
 from benchmarks.tpu_compile import CHIPS, Chip, mesh_of, trace_step
 
 
@@ -160,8 +161,14 @@ def _asked(jaxpr: Jaxpr) -> set[int]:
     return axes.union(*map(_asked, inner))
 
 
-def cycles_of(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
-    """Of all steps of a kernel's grid, by the instructions that libtpu writes down in `dump`."""
+def cycles_of(
+    eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path, per_cycle: float = math.inf
+) -> int:
+    """Of all steps of a kernel's grid, by the instructions that libtpu writes down in `dump`.
+
+    Or, of a step, by its products, if that is more: the matrix units of a core do `per_cycle`
+    operations.
+    """
     jaxpr, grid = eqn.params["jaxpr"], eqn.params["grid_mapping"].grid
     asked = sorted(_asked(jaxpr))
     steps = [
@@ -175,11 +182,14 @@ def cycles_of(eqn: JaxprEqn, device: jax.Device, dump: pathlib.Path) -> int:
     for first, *others in alike.values():
         straight = straighten(jaxpr, first)
         without, others_inside = bundles(eqn, straight.jaxpr, device, dump)
-        count = without
+        count, once = without, product_flops(straight.jaxpr, unrolled=False)
+        operations = once
         for loop, length in enumerate(straight.lengths):
-            with_it, inside = bundles(eqn, straighten(jaxpr, first, loop).jaxpr, device, dump)
+            looping = straighten(jaxpr, first, loop).jaxpr
+            with_it, inside = bundles(eqn, looping, device, dump)
             count += with_it - without + (length - 1) * (inside - others_inside)
-        total += count * (1 + len(others))
+            operations += length * (product_flops(looping, unrolled=False) - once)
+        total += max(count, math.ceil(operations / per_cycle)) * (1 + len(others))
     return total * (math.prod(grid) // len(steps))
 
 
@@ -207,11 +217,13 @@ def bundles(eqn: JaxprEqn, jaxpr: Jaxpr, device: jax.Device, dump: pathlib.Path)
 
 
 def chip_cycles(eqn: JaxprEqn, device: jax.Device, kind: Chip, dump: pathlib.Path) -> int:
-    """Of a chip, by a kernel's instructions or by what it reads and writes."""
+    """Of a chip, by a kernel's instructions, by its products, or by what it reads and writes."""
     arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
     traffic = sum(x.size * x.dtype.itemsize for x in arrays)
     cores = cores_that_share(eqn, device.num_cores)
-    return max(cycles_of(eqn, device, dump) // cores, int(traffic * kind.ghz / kind.gbytes))
+    per_cycle = 1e3 * kind.tflops / kind.ghz / device.num_cores
+    cycles = cycles_of(eqn, device, dump, per_cycle) // cores
+    return max(cycles, int(traffic * kind.ghz / kind.gbytes))
 
 
 def cores_that_share(eqn: JaxprEqn, cores: int) -> int:

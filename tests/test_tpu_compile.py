@@ -16,6 +16,7 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is 
 
 from benchmarks import tpu_compile, tpu_kernels  # noqa: E402
 from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
+from refseg_jax.models.layers import feed_forward  # noqa: E402
 from refseg_jax.models.layers.layer_norm import normalize_in_kernel  # noqa: E402
 from refseg_jax.sharding import batch_sharding, jit_on_mesh, on_mesh, on_tpus, replicated  # noqa: E402
 from tests.conftest import REPO  # noqa: E402
@@ -100,6 +101,32 @@ def test_a_device_is_a_chip(kind):
     host = tpu_compile.mesh_of(f"{kind}:{chip.host}")
     assert host.size == 4 and on_mesh(host, on_tpus)()
     assert tpu_compile.mesh_of(f"{kind}:{chip.pod}").size == 256
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "channels"), [("v4", 1, 1), ("v5p", 2, 1), ("v5p", 2, 2), ("v5e", 2, 1)]
+)
+def test_a_feed_forward_fits_the_vector_memory(kind, rows, channels):
+    """Both passes with the most rows, and with channels that are the most of a limit."""
+    mesh = tpu_compile.mesh_of(f"{kind}:{tpu_compile.CHIPS[kind].host}")
+    C = channels * feed_forward.MOST_CHANNELS
+    n = rows * feed_forward.MOST_NUMBERS // feed_forward.WIDTH
+    x = jax.ShapeDtypeStruct((8, n, C), jnp.bfloat16, sharding=batch_sharding(mesh))
+    fits = on_mesh(mesh, feed_forward.fits_kernel)
+    assert fits(x, 4 * C) and not fits(x.update(shape=(8, n, 4 * C)), 16 * C)
+
+    def both(x, *operands):
+        y, pull_back = jax.vjp(feed_forward.feed_in_kernel, x, *operands)
+        return pull_back(y)
+
+    shapes = (8, 1, 1), (C,), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,)
+    shardings = batch_sharding(mesh), *[replicated(mesh)] * 6
+    operands = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        for shape, sharding in zip(shapes, shardings, strict=True)
+    ]
+    compiled = jit_on_mesh(mesh, both).lower(x, *operands).compile().as_text()
+    assert "feed_forward_backward" in compiled
 
 
 @pytest.mark.parametrize("kind", tpu_compile.CHIPS)
@@ -234,6 +261,21 @@ call = pl.pallas_call(
 ((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(jnp.zeros((1024, 1024))).jaxpr)
 print(tpu_kernels.chip_cycles(kernel, chip, tpu_compile.CHIPS["v5e"], dump))
 
+# Products before and in a loop, of matrix units that do 8 operations per cycle.
+def multiply(x, y):
+    y[...] = jnp.dot(x[...], x[...])
+    @pl.loop(0, 5)
+    def _(i):
+        y[...] += jnp.dot(x[...], x[...])
+
+call = pl.pallas_call(
+    multiply, grid=(4,), out_shape=jax.ShapeDtypeStruct((512, 128), jnp.float32),
+    in_specs=[pl.BlockSpec((128, 128), lambda i: (i, 0))],
+    out_specs=pl.BlockSpec((128, 128), lambda i: (i, 0)),
+)
+((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(jnp.zeros((512, 128))).jaxpr)
+print(tpu_kernels.cycles_of(kernel, chip, dump, 8))
+
 # Both passes of the widest map that is said to fit.
 for columns in range(100, 0, -1):
     windows = Windows((24, 12 * columns), 12, 6)
@@ -274,7 +316,9 @@ def test_instructions_of_kernels(tmp_path):
     command = [sys.executable, "-c", KERNELS, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stderr
-    kernel, few, many, up_to_7, up_to_70, copied, widest, *cells = result.stdout.splitlines()
+    kernel, few, many, up_to_7, up_to_70, copied, multiplied, widest, *cells = (
+        result.stdout.splitlines()
+    )
     assert (widest, *cells) == ("16 2", "2", "2", "2")
     times, groups, samples, strips, cycles = map(int, kernel.split())
     assert (times, groups, samples, strips) == (3, 2, 2, 2)  # Of 256 channels and two samples.
@@ -287,6 +331,7 @@ def test_instructions_of_kernels(tmp_path):
     assert rest == 0 and 2 < of_loop < 100
     # Its instructions are fewer than the cycles in which the memory, at GB/s, reads and writes it.
     assert int(copied) == int(2 * 4 * 1024**2 * 1.5 / 819)
+    assert int(multiplied) == 4 * 6 * 2 * 128**3 // 8
 
 
 def kernel_of(body, *semantics):

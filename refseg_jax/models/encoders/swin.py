@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from refseg_jax.models.layers.activations import gelu
-from refseg_jax.models.layers.dense import Dense, SplitDense
-from refseg_jax.models.layers.layer_norm import LayerNorm
+from refseg_jax.models.layers.dense import Dense, SplitDense, Weights
+from refseg_jax.models.layers.feed_forward import feed_forward
+from refseg_jax.models.layers.layer_norm import LayerNorm, NormWeights
 from refseg_jax.models.layers.merge_norm import MergeNorm
 from refseg_jax.models.layers.patches import PatchEmbedding
 from refseg_jax.models.layers.positions import sine_positions
@@ -122,17 +122,19 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int], shift: int, train: bool) -> jax.Array:
-        C = x.shape[-1]
+        B, _, C = x.shape
+        hidden = int(C * self.mlp_ratio)
         drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
 
         x, y = LayerNorm(dtype=self.dtype, name="norm1")(x, keep=True)
         y = WindowAttention(self.heads, self.window, self.dtype, name="attention")(y, size, shift)
         x = x + drop_path(y)
 
-        x, y = LayerNorm(dtype=self.dtype, name="norm2")(x, keep=True)
-        y = Dense(int(C * self.mlp_ratio), dtype=self.dtype, kernel_init=_INIT, name="fc1")(y)
-        y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="fc2")(gelu(y))
-        return x + drop_path(y)
+        kept = drop_path(jnp.ones((B, 1, 1)))
+        scale, bias = NormWeights(name="norm2")(C)
+        fc1 = Weights(hidden, dtype=jnp.float32, kernel_init=_INIT, name="fc1")(C)
+        fc2 = Weights(C, dtype=jnp.float32, kernel_init=_INIT, name="fc2")(hidden)
+        return feed_forward(x, kept, scale, bias, fc1, fc2)
 
 
 class PatchMerging(nn.Module):

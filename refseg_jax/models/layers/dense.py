@@ -32,10 +32,11 @@ class Weights(nn.Module):
     features: int
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, C: int) -> tuple[jax.Array, jax.Array | None]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (C, self.features))
+        kernel = self.param("kernel", self.kernel_init, (C, self.features))
         kernel = kernel.astype(self.dtype)
         if not self.use_bias:
             return kernel, None

@@ -36,6 +36,18 @@ class LayerNorm(nn.Module):
         return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon, keep)
 
 
+class NormWeights(nn.Module):
+    """The parameters of a `LayerNorm` of C channels, for a kernel in which it is hidden.
+
+    `__call__(C) -> (scale [C], bias [C])`, float32.
+    """
+
+    @nn.compact
+    def __call__(self, C: int) -> tuple[jax.Array, jax.Array]:
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        return scale, self.param("bias", nn.initializers.zeros, (C,))
+
+
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, keep: bool = False
 ) -> Any:
