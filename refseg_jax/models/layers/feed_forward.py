@@ -90,7 +90,7 @@ def fits_kernel(x: jax.Array, hidden: int) -> bool:
         return False
     most = MOST_CHANNELS * _room()
     room = channels <= most and channels * hidden <= 4 * most**2
-    return room and _rows(n, hidden) >= min(n, LANES)
+    return room and _rows(n) >= min(n, LANES)
 
 
 def _room() -> int:
@@ -98,7 +98,7 @@ def _room() -> int:
     return 2 if on_tpus() and pltpu.get_tpu_info().vmem_capacity_bytes >= LARGE else 1
 
 
-def _rows(n: int, hidden: int) -> int:
+def _rows(n: int) -> int:
     """Of a block: a sample's `n`, or the most that divide them, in whole tiles; 0 for none."""
     most = MOST_NUMBERS * _room() // WIDTH
     if n <= most:
@@ -149,13 +149,13 @@ def _in_kernel_backward(saved, cotangent):
 feed_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 
 
-def _specs(B: int, n: int, C: int, hidden: int, parts: int):
+def _specs(B: int, n: int, C: int, parts: int):
     """A grid (parts of the samples, all blocks of rows of one), and where its steps find blocks.
 
     Of rows [B, n, C], of what a sample has [B, 1, C], and functions of their last axes for what all
     have in common [a, b], and for sums [parts, a, b].
     """
-    rows = _rows(n, hidden)
+    rows = _rows(n)
     grid = parts, B // parts * (n // rows)
 
     def sample(i, j):
@@ -209,7 +209,7 @@ def _forward(x, kept, scale, bias, w1, b1, w2, b2):
     """Of the samples of one device."""
     C, hidden = w1.shape
     rows = x.reshape(len(x), -1, C)
-    grid, block, factor, common, _ = _specs(*rows.shape, hidden, _parts(len(x)))
+    grid, block, factor, common, _ = _specs(*rows.shape, _parts(len(x)))
     vectors = common(1, C), common(1, hidden)
     y = pl.pallas_call(
         _forward_kernel,
@@ -235,7 +235,7 @@ def _backward(x, cotangent, kept, scale, bias, w1, b1, w2):
     """
     C, hidden = w1.shape
     rows = x.reshape(len(x), -1, C)
-    grid, block, factor, common, total = _specs(*rows.shape, hidden, _parts(len(x)))
+    grid, block, factor, common, total = _specs(*rows.shape, _parts(len(x)))
     shapes = [(1, C), (1, C), (C, hidden), (1, hidden), (C, hidden), (1, C)]
     dtypes = [x.dtype if a > 1 else jnp.float32 for a, _ in shapes]
     of_x, *sums = pl.pallas_call(
