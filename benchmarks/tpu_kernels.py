@@ -4,10 +4,10 @@ XLA estimates cycles for its operations, but has none for a kernel that it is gi
 benchmarks/tpu_compile.py starts this as a process of its own, in which libtpu writes down the
 instructions of each kernel, compiled by itself: one bundle of them per cycle, as often as the
 kernel's grid has steps, which a chip's cores share if they can. What it does in some steps only
-counts in those, and a loop as often as it runs, or, where its end is data, as it may at most. And
-at least as many cycles as the chip's matrix units take, at their peak, for the kernel's products,
-as their instructions may follow each other faster than that, and as its memory takes, at its full
-speed, for what the kernel reads and writes.
+counts in those, what data may have it do always, and a loop as often as it runs, or, where its end
+is data, as it may at most. And at least as many cycles as the chip's matrix units take, at their
+peak, for the kernel's products, as their instructions may follow each other faster than that, and
+as its memory takes, at its full speed, for what the kernel reads and writes.
 
     python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
 
@@ -127,7 +127,9 @@ def straighten(jaxpr: Jaxpr, step: dict[int, int], loop: int | None = None) -> S
             inputs = [atom(x) for x in eqn.invars]
             values = [x.val if isinstance(x, Literal) else known.get(x) for x in inputs]
             if eqn.primitive.name == "cond":
-                choices.append(int(values[0]))
+                # A branch on data is taken: of two, the second does something.
+                last = len(eqn.params["branches"]) - 1
+                choices.append(last if values[0] is None else int(values[0]))
                 outputs = run(eqn.params["branches"][choices[-1]].jaxpr, inputs[1:])
             elif eqn.primitive.name in ("scan", "while") and loop != len(lengths):
                 constants, length = of_loop(eqn, inputs)

@@ -16,6 +16,8 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is 
 
 from benchmarks import tpu_compile, tpu_kernels  # noqa: E402
 from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
+from refseg_jax.losses.contrast_kernel import fits_kernel  # noqa: E402
+from refseg_jax.losses.pixel_contrast import pixel_contrast_loss  # noqa: E402
 from refseg_jax.models.layers import feed_forward  # noqa: E402
 from refseg_jax.models.layers.layer_norm import normalize_in_kernel  # noqa: E402
 from refseg_jax.sharding import batch_sharding, jit_on_mesh, on_mesh, on_tpus, replicated  # noqa: E402
@@ -129,6 +131,22 @@ def test_a_feed_forward_fits_the_vector_memory(kind, rows, channels):
     assert "feed_forward_backward" in compiled
 
 
+@pytest.mark.parametrize("kind", ["v4", "v5p"])
+def test_a_contrast_of_pixels_fits_the_vector_memory(kind):
+    """Both passes of CoupAlign's map, where there is least; but a v4 loops over parts of it."""
+    mesh = tpu_compile.mesh_of(f"{kind}:{tpu_compile.CHIPS[kind].host}")
+    shapes = ((8, 112 * 112, 512), jnp.bfloat16), ((8, 112 * 112), jnp.bool_)
+    arrays = [jax.ShapeDtypeStruct(*x, sharding=batch_sharding(mesh)) for x in shapes]
+    assert on_mesh(mesh, fits_kernel)(arrays[0], 0.1) == (kind != "v4")
+
+    def both(pixels, labels):
+        return jax.grad(lambda x: pixel_contrast_loss(x, labels).sum())(pixels)
+
+    compiled = jit_on_mesh(mesh, both).lower(*arrays).compile().as_text()
+    assert ("pixel_contrast_backward" in compiled) == (kind != "v4")
+    assert tpu_compile.Program(compiled).loops_on_data == (2 if kind == "v4" else 0)
+
+
 @pytest.mark.parametrize("kind", tpu_compile.CHIPS)
 def test_no_table_of_words_takes_the_place_of_maps(kind):
     def function(x, weights, table, words):
@@ -158,12 +176,15 @@ def test_a_step_too_large_does_not_fit(fast, monkeypatch):
 
 def test_loops_and_collectives_of_a_program():
     program = tpu_compile.Program(PROGRAM)
-    assert program.cycles == {"M/blocks*/dot": 307}
+    assert program.cycles == {"M/blocks*/dot": 307} and not program.loops_on_data
     assert program.collectives == {
         "all-reduce": [4, 3 * 8 * 128 * 2 + 16 * 4 + 4],
         "all-gather": [1, 32 * 128 * 4],
         "reduce-scatter": [1, 2 * 128 * 2 + 4 * 2],
     }
+    until = "%n.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=2"
+    program = tpu_compile.Program(PROGRAM.replace("%n.1 = s32[]{:T(128)} constant(3)", until))
+    assert program.cycles == {"M/blocks*/dot": 107} and program.loops_on_data == 1
 
 
 def test_operations_of_products():
@@ -232,11 +253,13 @@ for often in 10, 1000:
     ((kernel, _),) = tpu_kernels.kernels_of(jax.make_jaxpr(call)(jnp.zeros((32, 640))).jaxpr)
     print(tpu_kernels.cycles_of(kernel, chip, dump))
 
-# A loop whose end is data, at most 7 or 70.
+# A loop whose end is data, at most 7 or 70, in a branch that data takes.
 def sums_up_to(most, end, x, y):
     def more(i, _):
         y[...] += jnp.exp(x[...])
-    jax.lax.fori_loop(0, jnp.minimum(end[0], most), more, None)
+    @pl.when(end[0] > 3)
+    def _():
+        jax.lax.fori_loop(0, jnp.minimum(end[0], most), more, None)
 
 for most in 7, 70:
     call = pl.pallas_call(

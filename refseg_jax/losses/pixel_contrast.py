@@ -4,7 +4,7 @@ Every foreground pixel is to resemble the mean of the foreground and no pixel of
 the other way round. The sums of eq. 14-15 run over all foreground x background pairs, of which a
 map of 112 x 112 has up to 39 million. `opposite_logsumexp` computes them exactly, in blocks of rows
 that are computed again in the backward pass, so that memory grows with the pixels and not with
-their pairs.
+their pairs. TPUs have a kernel for it (contrast_kernel.py).
 """
 
 import functools
@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from refseg_jax.losses.contrast_kernel import contrast_in_kernel, fits_kernel
 from refseg_jax.losses.contrastive import unit_length
 
 _NO_PAIR = -1e30  # Its exponential is 0, and unlike infinity it can be subtracted from itself.
@@ -27,7 +28,8 @@ def pixel_contrast_loss(
 ) -> jax.Array:
     """Pixel contrast, eq. 14-16: float32 [B]; 0 for an image without foreground or background.
 
-    The printed equations lack the logarithm of InfoNCE, which they cite; it is here.
+    The printed equations lack the logarithm of InfoNCE, which they cite; it is here. On a TPU,
+    bfloat16 pixels that fill its registers go through a kernel, unless they keep their lengths.
 
     Args:
         pixels: Y_1 [B,S,C].
@@ -36,6 +38,17 @@ def pixel_contrast_loss(
         normalize: scale the vectors to length 1 first. (Their class means are not scaled.)
         block: pixels whose pairs are in memory at a time.
     """
+    plain = functools.partial(contrast, temperature=temperature, normalize=normalize, block=block)
+    if normalize and fits_kernel(pixels, temperature):
+        kernel = functools.partial(contrast_in_kernel, temperature=temperature)
+        return jax.lax.platform_dependent(pixels, labels, tpu=kernel, default=plain)
+    return plain(pixels, labels)
+
+
+def contrast(
+    pixels: jax.Array, labels: jax.Array, temperature: float, normalize: bool, block: int
+) -> jax.Array:
+    """`pixel_contrast_loss` in XLA's operations."""
     vectors = unit_length(pixels) if normalize else pixels.astype(jnp.float32)
     vectors /= math.sqrt(temperature)  # Each product of two of them is over tau.
     member = jnp.stack([~labels, labels], axis=1)
@@ -46,8 +59,8 @@ def pixel_contrast_loss(
     own = jnp.where(labels, similarity[:, 1], similarity[:, 0])
     # -log(exp(own) / (exp(own) + sum of the others' exp)).
     per_pixel = jax.nn.softplus(opposite_logsumexp(vectors, labels, block) - own)
-    contrast = jnp.einsum("bks,bs->b", share, per_pixel)
-    return jnp.where((count > 0).all((1, 2)), contrast, 0)
+    total = jnp.einsum("bks,bs->b", share, per_pixel)
+    return jnp.where((count > 0).all((1, 2)), total, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

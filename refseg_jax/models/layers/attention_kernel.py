@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.dropout import kept, words_of
-from refseg_jax.models.layers.registers import LANES, product, traced_once
+from refseg_jax.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 # The kernels take as many heads at a time as fill the lanes of a register, all their keys, and so

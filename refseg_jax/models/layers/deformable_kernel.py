@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refseg_jax.models.layers.registers import LANES, product, traced_once
+from refseg_jax.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 Shapes = tuple[tuple[int, int], ...]

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.dense import add_bias
 from refseg_jax.models.layers.layer_norm import gradient, layer_norm, normalize, standardize
-from refseg_jax.models.layers.registers import LANES, product, traced_once
+from refseg_jax.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places, on_tpus
 
 EPSILON = 1e-5  # Of the norm.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refseg_jax.models.layers.registers import LANES, traced_once
+from refseg_jax.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.layer_norm import gradient, normalize, standardize
-from refseg_jax.models.layers.registers import LANES, traced_once
+from refseg_jax.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 

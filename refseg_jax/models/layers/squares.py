@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refseg_jax.models.layers.patches import embed_patches
-from refseg_jax.models.layers.registers import LANES
+from refseg_jax.registers import LANES
 
 
 def image_to_squares(image: jax.Array, side: int) -> jax.Array:

@@ -12,9 +12,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refseg_jax.models.layers.registers import LANES, traced_once
 from refseg_jax.models.layers.window_strip import Strip, lanes_of
 from refseg_jax.models.layers.windows import Windows
+from refseg_jax.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 # The kernel takes as many heads at a time as fill the lanes of a register, and a strip of the map

@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refseg_jax.models.layers.registers import LANES, product
 from refseg_jax.models.layers.windows import Windows
+from refseg_jax.registers import LANES, product
 
 # What is added to the logits of cells that are no neighbours on the map.
 APART = -100.0
