@@ -21,9 +21,7 @@ from refseg_jax.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places, on_tpus
 
 BLOCK = 256  # Pixels, in their order; at most as many of the map.
-TILE = (
-    16  # Rows of a register of bfloat16: in the order a block is written, and read, in whole ones.
-)
+TILE = 16  # Rows of a register of bfloat16: what is put in order, or read of it, has whole ones.
 SUBLANES = 8  # Of a register: what the products of few vectors have as rows.
 SPARE = 12 << 20  # Bytes that a kernel needs beside what it keeps of a sample.
 LEAST_TEMPERATURE = 1 / 40  # exp(2 / temperature) is a number.
@@ -331,9 +329,9 @@ def _exponentials(ordered: Any, i: jax.Array, j: jax.Array, meet: jax.Array, tem
 
 
 def _put_in_order(sample: Sample, pixels: Any, ordered: Any) -> None:
-    """A block of the map."""
-    dtype, zeros = ordered.dtype, functools.partial(jnp.zeros, dtype=ordered.dtype)
-    C = ordered.shape[1]
+    """Puts a block of the map where its rows and columns stand."""
+    dtype, C = ordered.dtype, ordered.shape[1]
+    zeros = functools.partial(jnp.zeros, dtype=dtype)
 
     @pl.when(sample.block == 0)
     def _():
@@ -356,7 +354,7 @@ def _put_in_order(sample: Sample, pixels: Any, ordered: Any) -> None:
 def _make_vectors(
     sample: Sample, ordered: Any, classes: Any, temperature: float, weights: Any = None
 ) -> None:
-    """Of the pixels in their order; and the classes' sums, at 2 and 3 with `weights`."""
+    """Of the pixels in their order; and both classes' sums of them, at 2 and 3 with `weights`."""
     classes[...] = jnp.zeros_like(classes)
 
     @sample.each
