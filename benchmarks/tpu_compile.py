@@ -100,7 +100,8 @@ class Program:
     Attributes:
       cycles: estimated cycles by operation.
       collectives: kind -> [number, bytes of results].
-      loops_on_data: how many loops end where data says; they count as if they ran once.
+      loops_on_data: how many loops end where data says, or at what is not found; they count as if
+        they ran once.
     """
 
     def __init__(self, text: str):

@@ -44,7 +44,8 @@ kernel = functools.partial(with_gradient, module.contrast_in_kernel)
     [
         (1280, (0.2, 0.9, 0.5, 1 / 1280, 0, 1)),  # Blocks of 256; 640 rows, three of theirs.
         (384, (0.5, 0.4)),  # Of 128: one and a half of 256.
-        (512, (0.5, 1 - 1 / 512)),  # A whole block of rows, and one row.
+        (512, (256 / 512, 1 / 512, 255 / 512, 1 - 241 / 512)),  # A block of rows, and less.
+        (128, (0.5, 0.3)),  # A single block of the map.
     ],
 )
 def test_kernel(S, shares, devices, temperature, interpreted):

@@ -140,6 +140,7 @@ def test_a_contrast_of_pixels_fits_the_vector_memory(kind):
     shapes = ((8, 112 * 112, 512), jnp.bfloat16), ((8, 112 * 112), jnp.bool_)
     arrays = [jax.ShapeDtypeStruct(*x, sharding=batch_sharding(mesh)) for x in shapes]
     assert on_mesh(mesh, fits_kernel)(arrays[0], 0.1) == (kind != "v4")
+    assert not on_mesh(mesh, fits_kernel)(arrays[0].update(shape=(8, 1024, 4096)), 0.1)
 
     def both(pixels, labels):
         return jax.grad(lambda x: pixel_contrast_loss(x, labels).sum())(pixels)

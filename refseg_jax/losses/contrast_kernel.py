@@ -3,8 +3,8 @@
 A sample's pixels are put in order in the vector memory, those of its rarer class first, by products
 of their blocks with ones and zeros. Then each block of the rarer class, the rows, meets each of the
 others, the columns: their products, and what is made of those, never leave that memory. As vectors
-have the length sqrt(1 / temperature), no product is more than 1 / temperature, which is taken from
-each before its exponential, and no maximum is looked for.
+have the length sqrt(1 / temperature), no product is more than 1 / temperature but for rounding:
+that is taken from each before its exponential, and no maximum is looked for.
 """
 
 import functools
@@ -23,12 +23,13 @@ from refseg_jax.sharding import divides_samples, kernel_places, on_tpus
 BLOCK = 256  # Pixels, in their order; at most as many of the map.
 TILE = 16  # Rows of a register of bfloat16: what is put in order, or read of it, has whole ones.
 SUBLANES = 8  # Of a register: what the products of few vectors have as rows.
+MOST_CHANNELS = 2048  # For whose blocks SPARE is enough, also without optimisation.
 SPARE = 12 << 20  # Bytes that a kernel needs beside what it keeps of a sample.
 LEAST_TEMPERATURE = 1 / 40  # exp(2 / temperature) is a number.
 
 
 def contrast_in_kernel(pixels: jax.Array, labels: jax.Array, temperature: float) -> jax.Array:
-    """`pixel_contrast_loss` of pixels that `fits_kernel`, normalised."""
+    """`pixel_contrast_loss` with `normalize`, of pixels that `fits_kernel`: float32 [B]."""
     B, S, _ = pixels.shape
     rare = labels ^ (2 * labels.sum(1, keepdims=True) > S)
     of_classes = jnp.stack([rare, ~rare], 1).reshape(B, 2, -1, _taken(S))
@@ -63,6 +64,7 @@ def fits_kernel(pixels: jax.Array, temperature: float) -> bool:
     memory = pltpu.get_tpu_info().vmem_capacity_bytes if on_tpus() else 2 * SPARE
     return (
         (pixels.dtype == jnp.bfloat16 and C % LANES == S % LANES == 0)
+        and C <= MOST_CHANNELS
         and temperature >= LEAST_TEMPERATURE
         and _limit(_kept_backward(S, C, pixels.dtype)) <= memory
         and divides_samples(B)
@@ -120,7 +122,7 @@ def pair_sums(
     Returns:
       (the sum of exp(product - 1 / temperature) over the vectors of the other class, the product
       with the mean of its own), float32 [B, blocks of the order, BLOCK]. Where no pixel stands
-      there may be anything.
+      there may be anything; their cotangents there must be 0.
     """
     return _divided(functools.partial(_forward, temperature), pixels, places, starts)
 
@@ -217,7 +219,7 @@ def _backward(
         functools.partial(_backward_step, temperature),
         name="pixel_contrast_backward",
         in_specs=[specs.pixels, specs.places, specs.starts, specs.ordered, specs.ordered],
-        # In the first phase there is nothing to write.
+        # The first phase writes nothing: it stays at the block that the second writes first.
         out_specs=pl.BlockSpec((1, _taken(S), C), lambda b, t, j: (b, jnp.where(t == 0, 0, j), 0)),
         out_shape=jax.ShapeDtypeStruct(pixels.shape, pixels.dtype),
         **_options(pixels, 2, _kept_backward(S, C, pixels.dtype), 3),
@@ -237,7 +239,7 @@ class Sample:
         self.row_blocks = _div(self.number + (BLOCK - 1), BLOCK)
         self.first_column = starts[0, 1, 0]
         column_blocks = _div(S - self.number + (BLOCK - 1), BLOCK)
-        # At most, which jnp.minimum says to who counts a kernel's instructions.
+        # Their bounds, which bind nothing: benchmarks/tpu_kernels.py reads them off jnp.minimum.
         half, all_blocks = pl.cdiv(S // 2, BLOCK), pl.cdiv(S, BLOCK)
         self.rows_end = jnp.minimum(self.row_blocks, half)
         self.used = jnp.minimum(self.row_blocks + column_blocks, all_blocks + 1)

@@ -52,11 +52,11 @@ def majority_downsample(mask: jax.Array, factor: int = 4) -> jax.Array:
         of_cell = np.arange(pixels)[:, None] // factor == np.arange(-(-pixels // factor))
         return of_cell.astype(np.float32)
 
-    # Products: to add up neighbours a TPU would move each pixel. In bfloat16, too, counts of a row
-    # of up to 256 pixels are exact.
+    # Products: to add up neighbours a TPU would move each pixel. Where it rounds to bfloat16 counts
+    # of up to 256 pixels, so of a column of a cell, are exact.
     height, width = (cells(n) for n in mask.shape[1:])
-    rows = jnp.einsum("bHw,Hh->bhw", mask.astype(jnp.float32), height)
-    return 2 * jnp.einsum("bhW,Ww->bhw", rows, width) >= factor**2
+    columns = jnp.einsum("bHW,Hh->bhW", mask.astype(jnp.float32), height)
+    return 2 * jnp.einsum("bhW,Ww->bhw", columns, width) >= factor**2
 
 
 def masked_mean(per_sample: jax.Array, valid: jax.Array) -> jax.Array:

@@ -378,7 +378,7 @@ class CoupAlign(nn.Module):
         loss = masked_mean(sigmoid_bce(logits, mask), valid)
         scalars = {"loss_segmentation": loss}
         if cfg.aux_weight:
-            # As they were computed: of float32 it would not know that they were rounded.
+            # In the dtype they were computed in, which says that bfloat16 is enough for their loss.
             pixels = outputs["pixels"].astype(self.dtype)
             # Paper leaves open: how the mask is resized to Y_1; by majority.
             labels = majority_downsample(mask, cfg.vision.patch_size)
