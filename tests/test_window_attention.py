@@ -41,6 +41,10 @@ def results(attention, windows, mesh, arrays):
         ((3, 2), 4, 2, 8, 1),  # Smaller than a window.
         ((4, 28), 4, 0, 8, 1),  # Seven windows in a row: one at a time.
         ((5, 26), 4, 2, 8, 1),
+        ((16, 8), 4, 2, 2, 1),  # More than three strips: one in a step.
+        ((18, 14), 4, 0, 8, 1),
+        ((18, 14), 4, 2, 8, 1),
+        ((6, 42), 4, 2, 8, 1),  # So wide that all cells ask.
         ((13, 26), 12, 6, 8, 1),  # More cells than lanes.
         ((8, 16), 16, 0, 4, 1),  # Two registers of cells.
     ],
@@ -74,11 +78,11 @@ class Rows:
         self.ref[0] = pltpu.bitcast(whole.at[place].set(rows), self.ref.dtype)
 
 
-@pytest.mark.parametrize("w", [10, 7])
-def test_two_cells_of_bfloat16_share_a_row(w, interpreted, monkeypatch):
+@pytest.mark.parametrize(("h", "w"), [(6, 10), (6, 7), (18, 10)])
+def test_two_cells_of_bfloat16_share_a_row(h, w, interpreted, monkeypatch):
     monkeypatch.setattr(window_strip, "_as_rows", Rows)
-    windows = Windows((6, w), 4, 2)
-    q, k, v, cotangent = RNG.normal(size=(4, 2, 6 * w, 128))
+    windows = Windows((h, w), 4, 2)
+    q, k, v, cotangent = RNG.normal(size=(4, 2, h * w, 128))
     padding, bias = RNG.normal(size=(2, 128)), RNG.normal(size=(4, 16, 16))
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in (cotangent, q / 8, k, v, padding)]
     arrays.append(jnp.asarray(bias, jnp.float32))

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refseg_jax.models.layers.window_strip import Strip, lanes_of
+from refseg_jax.models.layers.window_strip import Strip, kinds_of, lanes_of
 from refseg_jax.models.layers.windows import Windows
 from refseg_jax.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
@@ -37,17 +37,22 @@ def fits_kernel(q: jax.Array, heads: int, windows: Windows) -> bool:
     )
 
 
-def _memory(windows: Windows, heads: int) -> int:
-    """Bytes that the backward pass takes at most, with so many heads at a time.
+def _memory(windows: Windows, heads: int, strips: int = 1) -> int:
+    """Bytes that the backward pass takes at most, with so many heads and strips at a time.
 
     Counted from what the compiler says of maps that are too wide: 18 to 19 strips, biases and their
     gradients, two of each and once more as logits lie, and what does not fit the registers.
     """
-    n = windows.side**2
+    n, few = windows.side**2, _pick_few(windows).shape[1]
     strip = windows.columns * n * LANES * 2
-    whole = heads * n * (n + -n % LANES) * 4
-    logits = heads * n * n * 4
-    return 20 * strip + 4 * whole + 7 * logits
+    whole, whole_few = (heads * n * (lanes + -lanes % LANES) * 4 for lanes in (n, few))
+    logits, logits_few = (heads * n * lanes * 4 for lanes in (n, few))
+    return 20 * strips * strip + 4 * (whole + whole_few) + 7 * logits + 2 * logits_few
+
+
+def _at_once(windows: Windows, heads: int) -> bool:
+    """Whether a step has the whole of a small map, in place of a strip."""
+    return windows.rows <= 3 and _memory(windows, heads, windows.rows) <= MEMORY
 
 
 def attend_in_kernel(
@@ -166,60 +171,76 @@ def _run(
 ) -> Any:
     """The kernel for every group of heads, sample and strip, the last two one after another."""
     B, _, C = arrays[0].shape
-    (_, w), side, n = windows.size, windows.side, windows.side**2
+    (h, w), side, n = windows.size, windows.side, windows.side**2
     dtype, packed = arrays[0].dtype, 4 // arrays[0].dtype.itemsize
-    steps = _Steps(windows)
+    heads = len(bias) * LANES // C
+    steps, at_once = _Steps(windows), _at_once(windows, heads)
 
     def strip(which: Callable) -> pl.BlockSpec:
+        if at_once:
+            return pl.BlockSpec((1, h * w, LANES), lambda g, b, i: (b, 0, g))
         return pl.BlockSpec((1, side * w, LANES), lambda g, b, i: (b, which(i), g))
 
     # The same block for all strips: it is read and written once.
-    heads = len(bias) * LANES // C
-    of_group = pl.BlockSpec((heads, n, n), lambda g, b, i: (g, 0, 0))
     of_padding = pl.BlockSpec((2, side, LANES), lambda g, b, i: (0, 0, g))
     cells = ("q", "k", "v", "of_y")[: len(arrays)]
     inputs = {name: (x, strip(steps.read)) for name, x in zip(cells, arrays, strict=True)}
-    inputs["bias"] = bias, of_group
     if windows.padded:
         rows = jnp.broadcast_to(padding[:, None], (2, side, C))
         inputs["padding"] = rows, of_padding
+    inputs["bias"] = bias, pl.BlockSpec((heads, n, n), lambda g, b, i: (g, 0, 0))
+    kinds, pick = kinds_of(windows), _pick_few(windows)
+    if pick.size:
+        few = jnp.matmul(bias, pick, precision=jax.lax.Precision.HIGHEST)
+        block = pl.BlockSpec((heads, *few.shape[1:]), lambda g, b, i: (g, 0, 0))
+        inputs["bias_few"] = few, block
     if windows.shift:
-        # A window is cut or not, downwards and across.
-        regions = _regions_of_kinds(windows)
-        queries = np.concatenate([regions[:, None, part] for _, part, _ in lanes_of(n, heads)], -1)
-        for name, x in ("keys", regions[:, :, None]), ("queries", queries):
-            inputs[name] = jnp.asarray(x), pl.BlockSpec(x.shape, lambda g, b, i: (0, 0, 0))
+        keys = np.stack([kind.regions() for kind in kinds], -1)
+        queries = np.zeros((len(kinds), heads * n), np.int32)
+        for number, kind in enumerate(kinds):
+            of_queries = keys[kind.queries(), number]
+            for _, some, lanes in lanes_of(of_queries.size, heads):
+                queries[number, lanes] = of_queries[some]
+        for name, x in ("keys", keys), ("queries", queries):
+            inputs[name] = jnp.asarray(x), pl.BlockSpec(x.shape, lambda g, b, i: (0, 0))
     if windows.padded and backward:
         outside = windows.cells().reshape(windows.rows, windows.columns, 1, n) < 0
         outside = jnp.broadcast_to(jnp.asarray(outside, dtype), (*outside.shape[:2], 8, n))
-        block = 1, *outside.shape[1:]
-        inputs["outside"] = (
-            outside,
-            pl.BlockSpec(block, lambda g, b, i: (steps.computed(i), 0, 0, 0)),
-        )
+        if at_once:
+            block = pl.BlockSpec(outside.shape, lambda g, b, i: (0, 0, 0, 0))
+        else:
+            block = 1, *outside.shape[1:]
+            block = pl.BlockSpec(block, lambda g, b, i: (steps.computed(i), 0, 0, 0))
+        inputs["outside"] = outside, block
     like_x = jax.ShapeDtypeStruct(arrays[0].shape, dtype)
     names = ("of_q", "of_k", "of_v") if backward else ("y",)
     outputs = {name: (like_x, strip(steps.written)) for name in names}
     if backward:
-        outputs["of_bias"] = jax.ShapeDtypeStruct(bias.shape, bias.dtype), of_group
+        for name in ("bias", "bias_few") if pick.size else ("bias",):
+            x, block = inputs[name]
+            outputs[f"of_{name}"] = jax.ShapeDtypeStruct(x.shape, x.dtype), block
         if windows.padded:
             like_padding = jax.ShapeDtypeStruct((2, 8, C), jnp.float32)
             block = pl.BlockSpec((2, 8, LANES), lambda g, b, i: (0, 0, g))
             outputs["of_padding"] = like_padding, block
     of_rows = jnp.int32 if packed > 1 else dtype
-    in_windows = pltpu.VMEM((windows.columns, n // packed, LANES), of_rows)
+    rows = windows.rows if at_once else 1
+    in_windows = pltpu.VMEM((rows, windows.columns, n // packed, LANES), of_rows)
     scratch = {f"{name}_cells": in_windows for name in cells}
-    for name in ("bias", "of_bias") if backward else ("bias",):
-        scratch[f"{name}_lanes"] = pltpu.VMEM((n, heads * n), jnp.float32)
-    if windows.shift:
+    for number, kind in enumerate(kinds):
+        lanes = pltpu.VMEM((n, heads * kind.queries().size), jnp.float32)
+        for name in ("bias", "of_bias") if backward else ("bias",):
+            if number == 0 or not kind.whole:
+                scratch[f"{name}_lanes{number}"] = lanes
+    if windows.shift and not at_once:
         upper = (side - windows.shift) * side // packed
-        upper = pltpu.VMEM((windows.columns, upper, LANES), of_rows)
+        upper = pltpu.VMEM((1, windows.columns, upper, LANES), of_rows)
         scratch |= {f"{name}_kept": upper for name in names}
     refs = (*inputs, *outputs, *scratch)
     results = pl.pallas_call(
-        functools.partial(_kernel, windows, dtype, refs),
+        functools.partial(_kernel, windows, dtype, at_once, refs),
         name="window_attention_backward" if backward else "window_attention",
-        grid=(C // LANES, B, len(steps)),
+        grid=(C // LANES, B, 1 if at_once else len(steps)),
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=[spec for _, spec in outputs.values()],
         out_shape=[shape for shape, _ in outputs.values()],
@@ -237,59 +258,97 @@ def _run(
         return results[0]
     results = dict(zip(outputs, results, strict=True))
     of_padding = results["of_padding"][:, 0] if windows.padded else jnp.zeros(padding.shape)
-    return *(results[name] for name in names), of_padding, results["of_bias"]
+    of_bias = results["of_bias"]
+    if pick.size:
+        few = results["of_bias_few"]
+        of_bias += jnp.matmul(few, pick.T, precision=jax.lax.Precision.HIGHEST)
+    return *(results[name] for name in names), of_padding, of_bias
 
 
-def _regions_of_kinds(windows: Windows) -> np.ndarray:
-    """The regions of a window that is cut as 2 · downwards + across says, int32 [4, side²]."""
-    beyond = np.int32(np.arange(windows.side) >= windows.side - windows.shift)
-    kinds = [2 * y * beyond[:, None] + x * beyond for y in (0, 1) for x in (0, 1)]
-    return np.stack(kinds).reshape(4, -1)
+@functools.cache
+def _pick_few(windows: Windows) -> np.ndarray:
+    """Ones of [side², queries]: which cells ask in the kinds of windows where not all do."""
+    cells = [kind.queries() for kind in kinds_of(windows) if not kind.whole]
+    return np.eye(windows.side**2, dtype=np.float32)[:, np.concatenate([[], *cells]).astype(int)]
 
 
-def _kernel(windows: Windows, dtype: jnp.dtype, names: tuple[str, ...], *refs: Any) -> None:
+def _kernel(
+    windows: Windows, dtype: jnp.dtype, at_once: bool, names: tuple[str, ...], *refs: Any
+) -> None:
     """One step of the grid."""
-    refs = SimpleNamespace(**dict(zip(names, refs, strict=True)))
-    step, steps = pl.program_id(2), _Steps(windows)
-    strip = Strip(windows, dtype, refs, steps.read(step), steps.computed(step))
-    side, shift, rows = windows.side, windows.shift, windows.rows
-    sample = pl.program_id(1)
+    strip = Strip(windows, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
+    sample, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when((sample == 0) & (step == 0))
     def _():
         strip.begin_group()
 
-    if not shift:
-        strip.read(0, side, 0)
-        strip.compute()
-        strip.write(0, side, 0)
+    if at_once:
+        _whole_map(strip)
     else:
+        _strip_by_strip(strip, step)
 
-        @pl.when(step >= 2)
-        def _():
-            strip.write(0, shift, side - shift)
-
-        @pl.when((step >= 1) & (step <= rows))
-        def _():
-            strip.read(0, shift, side - shift)
-            strip.compute()
-
-        @pl.when(step == 1)
-        def _():
-            strip.keep()
-
-        @pl.when((step >= 2) & (step <= rows))
-        def _():
-            strip.write(shift, side, 0)
-
-        @pl.when(step == rows + 1)
-        def _():
-            strip.write(shift, side, 0, kept=True)
-
-        @pl.when(step <= rows)
-        def _():
-            strip.read(shift, side, 0)
-
-    @pl.when((sample == pl.num_programs(1) - 1) & (step == len(steps) - 1))
+    @pl.when((sample == pl.num_programs(1) - 1) & (step == pl.num_programs(2) - 1))
     def _():
         strip.end_group()
+
+
+def _whole_map(strip: Strip) -> None:
+    """What is left between strips is not waited for, as from one step to another."""
+    side, shift, last = strip.windows.side, strip.windows.shift, strip.windows.rows - 1
+    for row in range(last + 1):
+        below = (row + 1) % (last + 1)
+        # (rows of a strip, the first of the windows where they are, whether it is the last, it)
+        parts = [(shift, side, 0, row == last, row)]
+        if shift:
+            parts.append((0, shift, side - shift, below == last, below))
+        windows = dataclasses.replace(strip, row=row)
+        for part in parts:
+            windows.read(*part)
+        windows.compute(row == last)
+        for part in parts:
+            windows.write(*part)
+
+
+def _strip_by_strip(strip: Strip, step: jax.Array) -> None:
+    side, shift, rows = strip.windows.side, strip.windows.shift, strip.windows.rows
+
+    def unshifted(end: bool) -> None:
+        strip.read(0, side, 0, end)
+        strip.compute(end)
+        strip.write(0, side, 0, end)
+
+    def shifted(end: bool) -> None:
+        strip.write(0, shift, side - shift, False)
+        strip.read(0, shift, side - shift, end)
+        strip.compute(False)
+        strip.write(shift, side, 0, False)
+        strip.read(shift, side, 0, end)
+
+    def first() -> None:
+        strip.read(0, shift, side - shift, rows == 1)
+        strip.compute(True)
+        strip.keep()
+        strip.read(shift, side, 0, rows == 1)
+
+    def last() -> None:
+        strip.write(0, shift, side - shift, True)
+        strip.write(shift, side, 0, True, kept=True)
+
+    # From one step up to another: without branches in them, what can be done at once is.
+    below = strip.windows.size[0] % side > 0
+    if shift:
+        end = max(rows + (not below), 2)
+        cases = [
+            (0, 1, lambda: strip.read(shift, side, 0, True)),
+            (1, 2, first),
+            (2, end, lambda: shifted(False)),
+            (end, rows + 1, lambda: shifted(True)),
+            (rows + 1, rows + 2, last),
+        ]
+    else:
+        end = rows - below
+        cases = [(0, end, lambda: unshifted(False)), (end, rows, lambda: unshifted(True))]
+    for start, stop, action in cases:
+        if start < stop:
+            pl.when((start <= step) & (step < stop))(action)

@@ -1,6 +1,7 @@
 """Attention inside windows of a map as a kernel of our own for TPUs: what it does with a strip."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.windows import Windows
@@ -24,6 +24,10 @@ APART = -100.0
 # beyond full registers comes after those of all heads.
 MOST_LOGITS = 1 << 19  # At a time.
 TOGETHER = 5  # Windows: while one waits for its products, another computes.
+
+LARGE, WIDE = 12, 10  # A window's side, and windows in a row.
+
+ASKING = ("q", "of_y")  # What has a row for each query.
 
 
 def _in_full_registers(n: int) -> int:
@@ -43,20 +47,93 @@ def lanes_of(n: int, heads: int) -> list[tuple[int, slice, slice]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Strip:
-    """What the kernel does with a strip of the map, `at`, and one of windows, `number`.
+class Kind:
+    """Windows that are computed alike: inside the map, or at one of its ends, or at two.
 
-    `refs` has the blocks of arrays by their names, and as scratch NAME_cells, in which there are
-    cells in windows [columns, rows of registers, 128]: those that were read, and then the results
-    in the place of those that they belong to. NAME_kept is the like of results for later, and
-    NAME_lanes biases and their gradients as logits lie.
+    Attributes:
+        side: of the window.
+        rows: those whose cells are queries. What pads the map is asked, but does not ask.
+        columns: the same.
+        down: how many rows, the window's last, are from the other end of the map.
+        across: the same of columns.
+    """
+
+    side: int
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    down: int
+    across: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether all cells are queries."""
+        return len(self.rows) == len(self.columns) == self.side
+
+    @property
+    def cut(self) -> bool:
+        """Whether there are cells from different ends of the map."""
+        return bool(self.down or self.across)
+
+    def queries(self) -> np.ndarray:
+        """Those of the window's cells, in their order."""
+        return (np.array(self.rows)[:, None] * self.side + np.array(self.columns)).ravel()
+
+    def regions(self) -> np.ndarray:
+        """From which ends of the map each cell is, as a number: int32 [side²]."""
+        place = np.arange(self.side)
+        down, across = (np.int32(place >= self.side - n) for n in (self.down, self.across))
+        return (2 * down[:, None] + across).ravel()
+
+
+@functools.cache
+def rows_of_windows(windows: Windows) -> tuple[tuple[Kind, Kind], tuple[Kind, Kind]]:
+    """(all windows but the last, the last) of all rows of windows but the last, and of the last.
+
+    Where more than two thirds of its rows or columns are on the map, all of them ask: fewer would
+    fill registers less well. And so it is with large windows and on wide maps, which leave no
+    memory for biases of fewer queries.
+    """
+    side, shift = windows.side, windows.shift
+    on_map = windows.cells().reshape(windows.rows, windows.columns, side, side) >= 0
+    whole = tuple(range(side))
+
+    def asking(on_map: np.ndarray) -> tuple[int, ...]:
+        places = tuple(np.flatnonzero(on_map).tolist())
+        few = 3 * len(places) <= 2 * side
+        return places if few and side <= LARGE and windows.columns <= WIDE else whole
+
+    rows = (whole, 0), (asking(on_map[-1].any((0, 2))), shift)
+    columns = (whole, 0), (asking(on_map[:, -1].any((0, 1))), shift)
+    upper, lower = (
+        tuple(Kind(side, of_rows, of_columns, down, across) for of_columns, across in columns)
+        for of_rows, down in rows
+    )
+    return upper, lower
+
+
+@functools.cache
+def kinds_of(windows: Windows) -> tuple[Kind, ...]:
+    """Those that differ. The first, inside the map, is whole."""
+    return tuple(dict.fromkeys(itertools.chain(*rows_of_windows(windows))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """What the kernel does with a strip of the map and a row of windows.
+
+    `refs` has the blocks of arrays by their names, and as scratch NAME_cells, in which there are,
+    for as many rows of windows as are at hand, of which this is number `row`, cells in windows
+    [rows, columns, rows of registers, 128]: those that were read, and then the results in the
+    place of those that they belong to. Of what is `ASKING`, a window's columns that do not
+    ask are left out. NAME_kept is the like of results for later. NAME_lanes with the number of a
+    kind of windows are biases and their gradients as logits lie; where not all cells ask they are
+    of NAME_few, which has one kind's queries after the other's.
     """
 
     windows: Windows
     dtype: jnp.dtype
     refs: SimpleNamespace
-    at: jax.Array
-    number: jax.Array
+    row: int = 0
 
     @property
     def backward(self) -> bool:
@@ -71,156 +148,222 @@ class Strip:
     def sources(self) -> tuple[str, ...]:
         return ("q", "k", "v", "of_y") if self.backward else ("q", "k", "v")
 
+    @property
+    def heads(self) -> int:
+        return len(self.refs.bias)
+
     def ref(self, name: str) -> Any:
         return getattr(self.refs, name)
+
+    def lanes(self, name: str, kind: Kind) -> str:
+        """The name of biases or their gradients; kinds in which all cells ask share theirs."""
+        return f"{name}_lanes{0 if kind.whole else kinds_of(self.windows).index(kind)}"
 
     def rows(self, start: int, count: int) -> slice:
         """Of registers, in which so many cells lie: two of bfloat16 share one."""
         packed = 4 // self.dtype.itemsize
         return slice(start // packed, (start + count) // packed)
 
+    def place(self, name: str, row: int, run: "_Run") -> slice | None:
+        """The rows of registers of a run in the window's row `row`; None if it is left out."""
+        if name not in ASKING:
+            return self.rows(row * self.windows.side + run.place, run.count)
+        if run.asking is None:
+            return None
+        return self.rows(row * run.width + run.asking, run.count)
+
     def around(self, name: str, rows: slice) -> jax.Array:
         """What lies around the map, in as many rows."""
-        count = rows.stop - rows.start
+        shape = rows.stop - rows.start, LANES
         if name in ("k", "v"):
-            return _as_rows(self.refs.padding)[("k", "v").index(name), :count]
-        return jnp.zeros((count, LANES), self.refs.q_cells.dtype)
+            row = _as_rows(self.refs.padding)[("k", "v").index(name), :1]
+            return jnp.broadcast_to(row, shape)
+        return jnp.zeros(shape, self.refs.q_cells.dtype)
+
+    def _biases(self, name: str) -> Iterator[tuple[Any, slice, Any, tuple]]:
+        """(NAME_lanes, some of its lanes, the group's NAME, where they are there)."""
+        start = 0
+        for number, kind in enumerate(kinds_of(self.windows)):
+            if number and kind.whole:
+                continue
+            block, count = self.ref(f"{name}_few" if number else name), kind.queries().size
+            for head, queries, lanes in lanes_of(count, self.heads):
+                place = slice(start + queries.start, start + queries.stop)
+                yield self.ref(self.lanes(name, kind)), lanes, block, (head, slice(None), place)
+            start += count if number else 0
 
     def begin_group(self) -> None:
         """Of heads."""
-        self.pad(self.sources)
-        for head, queries, lanes in lanes_of(*self.refs.bias.shape[1::-1]):
-            self.refs.bias_lanes[:, lanes] = self.refs.bias[head, :, queries]
-        for name in ("of_bias_lanes", "of_padding"):
-            if hasattr(self.refs, name):
-                self.ref(name)[...] = jnp.zeros_like(self.ref(name))
+        for row in range(len(self.refs.q_cells)):
+            dataclasses.replace(self, row=row).pad(self.sources)
+        for array, lanes, block, place in self._biases("bias"):
+            array[:, lanes] = block[place]
+        for kind in kinds_of(self.windows):
+            if kind.cut and not kind.whole:
+                self.ref(self.lanes("bias", kind))[...] += self.apart(kind)
+        for name, ref in vars(self.refs).items():
+            if name.startswith(("of_bias_lanes", "of_padding")):
+                ref[...] = jnp.zeros_like(ref)
 
     def end_group(self) -> None:
-        if self.backward:
-            for head, queries, lanes in lanes_of(*self.refs.bias.shape[1::-1]):
-                self.refs.of_bias[head, :, queries] = self.refs.of_bias_lanes[:, lanes]
+        for array, lanes, block, place in self._biases("of_bias") if self.backward else ():
+            block[place] = array[:, lanes]
 
     def pad(self, names: Iterable[str]) -> None:
         """Fills the places beyond the end of the map's rows."""
-        side = self.windows.side
-        for name, row, run in itertools.product(names, range(side), _runs(self.windows)):
-            if run.source is None:
-                rows = self.rows(row * side + run.place, run.count)
-                self.ref(f"{name}_cells")[run.column, rows] = self.around(name, rows)
+        runs = [run for run in _runs(self.windows) if run.source is None]
+        for name, row, run in itertools.product(names, range(self.windows.side), runs):
+            rows = self.place(name, row, run)
+            if rows is not None:
+                self.ref(f"{name}_cells")[self.row, run.column, rows] = self.around(name, rows)
 
-    def _moves(self, first: int, last: int, to: int) -> Iterator[tuple[int, slice, slice]]:
-        """(column of windows, rows of the windows there, rows of the strip) that are the same.
+    def _moves(
+        self, name: str, first: int, last: int, to: int, at: int
+    ) -> Iterator[tuple[int, slice, slice]]:
+        """(column of windows, rows of the windows there, rows of the block) that are the same.
 
-        From rows `first` to `last` of the map's strip, and row `to` of the windows on.
+        From rows `first` to `last` of the block's strip `at`, and row `to` of the windows on.
         """
         (_, w), side = self.windows.size, self.windows.side
-        for row, run in itertools.product(range(first, last), _runs(self.windows)):
-            if run.source is not None:
-                place = (row - first + to) * side + run.place
-                places = self.rows(place, run.count), self.rows(row * w + run.source, run.count)
-                yield run.column, *places
+        runs = [run for run in _runs(self.windows) if run.source is not None]
+        for row, run in itertools.product(range(first, last), runs):
+            source = self.rows((at * side + row) * w + run.source, run.count)
+            yield run.column, self.place(name, row - first + to, run), source
 
-    def read(self, first: int, last: int, to: int) -> None:
-        """Moves rows of the map's strip into windows."""
+    def _on_map(self, last: int, end: bool) -> int:
+        """Of rows up to `last` of a strip, which is the map's last or not, those on the map."""
+        windows = self.windows
+        return min(last, windows.size[0] - (windows.rows - 1) * windows.side) if end else last
+
+    def read(self, first: int, last: int, to: int, end: bool, at: int = 0) -> None:
+        """Moves rows of the map's strip into windows. At its `end` the rest is what pads it."""
+        on_map = max(first, self._on_map(last, end))
+        kinds = self.kinds(end)
         for name in self.sources:
             strip, cells = _as_rows(self.ref(name)), self.ref(f"{name}_cells")
-            for column, place, source in self._moves(first, last, to):
-                cells[column, place] = strip[0, source]
-        side, last_strip = self.windows.side, self.windows.rows - 1
-        below = self.windows.size[0] - last_strip * side
-        if below < last:
+            for column, place, source in self._moves(name, first, on_map, to, at):
+                cells[self.row, column, place] = strip[0, source]
+            if on_map == last or (name in ASKING and to == 0 and len(kinds[0].rows) < last):
+                continue  # What does not ask is not read.
+            for column, kind in enumerate(kinds):
+                width = len(kind.columns) if name in ASKING else kind.side
+                rows = self.rows((on_map - first + to) * width, (last - on_map) * width)
+                cells[self.row, column, rows] = self.around(name, rows)
 
-            @pl.when(self.at == last_strip)
-            def _():
-                for name, row in itertools.product(self.sources, range(max(first, below), last)):
-                    rows = self.rows((row - first + to) * side, side)
-                    for column in range(self.windows.columns):
-                        self.ref(f"{name}_cells")[column, rows] = self.around(name, rows)
-
-    def write(self, first: int, last: int, to: int, kept: bool = False) -> None:
+    def write(
+        self, first: int, last: int, to: int, end: bool, at: int = 0, kept: bool = False
+    ) -> None:
         """The reverse of `read` with the results."""
         for result, name in self.results.items():
             strip = _as_rows(self.ref(result))
             cells = self.ref(f"{result}_kept" if kept else f"{name}_cells")
-            for column, place, target in self._moves(first, last, to):
-                strip[0, target] = cells[column, place]
+            for column, place, target in self._moves(name, first, self._on_map(last, end), to, at):
+                strip[0, target] = cells[self.row, column, place]
+
+    def kinds(self, end: bool) -> list[Kind]:
+        """Of a row of windows, the last or not."""
+        kind, last = rows_of_windows(self.windows)[end]
+        return [*[kind] * (self.windows.columns - 1), last]
 
     def keep(self) -> None:
         """Puts the upper part of the results aside."""
         for result, name in self.results.items():
             kept = self.ref(f"{result}_kept")
-            kept[...] = self.ref(f"{name}_cells")[:, : kept.shape[1]]
+            kept[...] = self.ref(f"{name}_cells")[:, :, : kept.shape[2]]
 
-    def compute(self) -> None:
+    def compute(self, end: bool) -> None:
+        """A row of windows, the last or not."""
+        if self.backward:
+            self.pad(("k", "v"))  # There are gradients now.
         columns, most = self.windows.columns, MOST_LOGITS // self.refs.bias.size
         divisors = [n for n in range(1, TOGETHER + 1) if columns % n == 0]
         together = max(n for n in divisors if n <= max(most, 1))
+        compute = self._backward if self.backward else self._forward
+        kind, last = rows_of_windows(self.windows)[end]
 
-        def some(i, _):
-            group = [i * together + j for j in range(together)]
-            if self.backward:
-                self._backward(group)
-            else:
-                self._forward(group)
+        def some(i: int | jax.Array, last: Kind) -> None:
+            columns = [i * together + j for j in range(together)]
+            compute(list(zip(columns, [kind] * (together - 1) + [last], strict=True)))
 
-        if self.backward:
-            self.pad(("k", "v"))  # There are gradients now.
-        if together == columns:
-            some(0, None)
-        else:
-            jax.lax.fori_loop(0, columns // together, some, None)
+        alike = columns // together - (kind != last)
+        if alike == 1:
+            some(0, kind)
+        elif alike:
+            jax.lax.fori_loop(0, alike, lambda i, _: some(i, kind), None)
+        if kind != last:
+            some(alike, last)
 
-    def _forward(self, columns: list) -> None:
-        heads, results = len(self.refs.bias), []
-        for column in columns:
-            q, k, v = (self.cells(name, column) for name in self.sources)
-            weights = _weights(_one_by_one(q, heads), k, self.bias(column)).astype(self.dtype)
-            results.append([_sum_over_keys(weights, v, heads)])
-        self.put(columns, results)
+    def _forward(self, windows: list[tuple[Any, Kind]]) -> None:
+        results = []
+        for column, kind in windows:
+            q, k, v = (self.cells(name, column, kind) for name in self.sources)
+            weights = _weights(_one_by_one(q, self.heads), k, self.bias(kind)).astype(self.dtype)
+            results.append([_sum_over_keys(weights, v, self.heads)])
+        self.put(windows, results)
 
-    def _backward(self, columns: list) -> None:
-        heads, results = len(self.refs.bias), []
-        of_bias = of_padding = 0
-        for column in columns:
-            q, k, v, of_y = (self.cells(name, column) for name in self.sources)
-            queries, of_y = _one_by_one(q, heads), _one_by_one(of_y, heads)
-            weights = _weights(queries, k, self.bias(column))
+    def _backward(self, windows: list[tuple[Any, Kind]]) -> None:
+        results, of_bias, of_padding = [], {}, 0
+        for column, kind in windows:
+            q, k, v, of_y = (self.cells(name, column, kind) for name in self.sources)
+            queries, of_y = _one_by_one(q, self.heads), _one_by_one(of_y, self.heads)
+            weights = _weights(queries, k, self.bias(kind))
             of_weights = product(v, of_y, 1, 1)
             of_logits = weights * (of_weights - (weights * of_weights).sum(0, keepdims=True))
-            of_bias += of_logits
+            lanes = self.lanes("of_bias", kind)
+            of_bias[lanes] = of_bias.get(lanes, 0) + of_logits
             of_logits = of_logits.astype(self.dtype)
-            of_q = _sum_over_keys(of_logits, k, heads)
+            of_q = _sum_over_keys(of_logits, k, self.heads)
             of_k = product(of_logits, queries, 1, 0)
             of_v = product(weights.astype(self.dtype), of_y, 1, 0)
             if self.windows.padded:
-                outside = self.refs.outside[0, column]
+                outside = self.refs.outside[self.row, column]
                 both = (x.astype(self.dtype) for x in (of_k, of_v))
                 of_padding += jnp.stack([product(outside, x, 1, 0) for x in both])
             results.append([of_q, of_k, of_v])
-        self.refs.of_bias_lanes[...] += of_bias
+        for name, x in of_bias.items():
+            self.ref(name)[...] += x
         if self.windows.padded:
             self.refs.of_padding[...] += of_padding
-        self.put(columns, results)
+        self.put(windows, results)
 
-    def cells(self, name: str, column: int) -> jax.Array:
+    def places(self, name: str, kind: Kind) -> list[slice]:
+        """The rows of registers in which a window's queries, or keys, are."""
+        if name not in ASKING:
+            return [self.rows(0, kind.side**2)]
+        rows, width = kind.rows, len(kind.columns)
+        starts = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1] != row - 1]
+        return [
+            self.rows(rows[start] * width, (end - start) * width)
+            for start, end in itertools.pairwise([*starts, len(rows)])
+        ]
+
+    def cells(self, name: str, column: Any, kind: Kind) -> jax.Array:
         """Of a window, [n, 128]."""
-        return pltpu.bitcast(self.ref(f"{name}_cells")[column], self.dtype)
+        ref = self.ref(f"{name}_cells")
+        rows = [ref[self.row, column, place] for place in self.places(name, kind)]
+        return pltpu.bitcast(jnp.concatenate(rows), self.dtype)
 
-    def put(self, columns: list, results: list[list[jax.Array]]) -> None:
+    def put(self, windows: list[tuple[Any, Kind]], results: list[list[jax.Array]]) -> None:
         """The `results` of each window, after all of them were computed: else one would wait."""
-        for column, of_window in zip(columns, results, strict=True):
+        for (column, kind), of_window in zip(windows, results, strict=True):
             for name, x in zip(self.results.values(), of_window, strict=True):
                 cells = self.ref(f"{name}_cells")
-                cells[column] = pltpu.bitcast(x.astype(self.dtype), cells.dtype)
+                x, start = pltpu.bitcast(x.astype(self.dtype), cells.dtype), 0
+                for place in self.places(name, kind):
+                    end = start + place.stop - place.start
+                    cells[self.row, column, place] = x[start:end]
+                    start = end
 
-    def bias(self, column: int) -> jax.Array:
-        """What is added to the logits of a window, float32 [n, heads · n]."""
-        bias = self.refs.bias_lanes[...]
-        if self.windows.shift:
-            down, across = self.number == self.windows.rows - 1, column == self.windows.columns - 1
-            kind = 2 * jnp.int32(down) + jnp.int32(across)
-            bias += jnp.where(self.refs.keys[kind] == self.refs.queries[kind], 0.0, APART)
-        return bias
+    def bias(self, kind: Kind) -> jax.Array:
+        """What is added to the logits of a window, float32 [n, heads · queries]."""
+        bias = self.ref(self.lanes("bias", kind))[...]
+        return bias + self.apart(kind) if kind.whole and kind.cut else bias
+
+    def apart(self, kind: Kind) -> jax.Array:
+        """The same for cells that are no neighbours."""
+        number, lanes = kinds_of(self.windows).index(kind), self.heads * kind.queries().size
+        keys, queries = self.refs.keys[:, number][:, None], self.refs.queries[number, :lanes][None]
+        return jnp.where(keys == queries, 0.0, APART)
 
 
 class _Run(NamedTuple):
@@ -230,18 +373,24 @@ class _Run(NamedTuple):
     place: int  # Of the first in the window's row,
     source: int | None  # and in the map's, or None beyond its end.
     count: int
+    asking: int | None  # Its place among the columns that ask, if it does,
+    width: int  # and how many there are.
 
 
 def _runs(windows: Windows) -> list[_Run]:
     """Those of a row of windows."""
     side, w = windows.side, windows.size[1]
+    kind, last = rows_of_windows(windows)[0]
     runs = []
     for column in range(windows.columns):
+        asking = (last if column == windows.columns - 1 else kind).columns
         cells = (np.arange(side) + column * side + windows.shift) % (windows.columns * side)
         ends = [0, *(np.flatnonzero((np.diff(cells) != 1) | (cells[1:] == w)) + 1), side]
         for first, end in itertools.pairwise(map(int, ends)):
             source = int(cells[first])
-            runs.append(_Run(column, first, source if source < w else None, end - first))
+            place = asking.index(first) if first in asking else None
+            source = source if source < w else None
+            runs.append(_Run(column, first, source, end - first, place, len(asking)))
     return runs
 
 
@@ -252,7 +401,7 @@ def _as_rows(ref: Any) -> Any:
 
 
 def _weights(queries: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
-    """Softmax over the keys, float32 [n, heads · n], of `_one_by_one` queries and k [n, 128]."""
+    """Softmax over the keys, float32 [keys, heads · n], of `_one_by_one` queries, k [keys, 128]."""
     logits = product(k, queries, 1, 1) + bias
     weights = jnp.exp(logits - logits.max(0, keepdims=True))
     return weights * (1 / weights.sum(0, keepdims=True))
@@ -275,12 +424,12 @@ def _one_by_one(x: jax.Array, heads: int) -> jax.Array:
 
 
 def _sum_over_keys(weights: jax.Array, x: jax.Array, heads: int) -> jax.Array:
-    """[n, heads · n] and x [n, 128] -> float32 [n, 128], the lanes of each head by its weights.
+    """[keys, heads · n] and x [keys, 128] -> float32 [n, 128], each head's lanes by its weights.
 
     It is computed with channels as rows, of which each head's are multiplied alone, so that
     nothing as large as the weights is transposed.
     """
-    n, d = len(x), LANES // heads
+    n, d = weights.shape[1] // heads, LANES // heads
     full, x = _in_full_registers(n), x.T
     parts = []
     if full:
