@@ -7,6 +7,7 @@ norms, attention logits and softmax are computed in float32, and the logits kept
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from refseg_jax.models.layers.dense import Dense, SplitDense, Weights
 from refseg_jax.models.layers.feed_forward import feed_forward
 from refseg_jax.models.layers.layer_norm import LayerNorm, NormWeights
 from refseg_jax.models.layers.merge_norm import MergeNorm
+from refseg_jax.models.layers.normed_dense import normed_dense
 from refseg_jax.models.layers.patches import PatchEmbedding
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.window_attention import window_attention
@@ -68,7 +70,8 @@ class WindowAttention(nn.Module):
 
     `__call__(x [B, h·w, C], size (h, w), shift) -> [B, h·w, C]`, for any h and w: zeros pad the map
     to whole windows. These lie `shift` cells further down and right, cyclically, and only cells
-    that are neighbours on the map attend to each other.
+    that are neighbours on the map attend to each other. With `norm`, the scale and bias [C] of a
+    layer norm before it, it returns (x, attention to the normalised x).
     """
 
     heads: int
@@ -76,14 +79,27 @@ class WindowAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: tuple[int, int], shift: int = 0) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        size: tuple[int, int],
+        shift: int = 0,
+        norm: tuple[jax.Array, jax.Array] | None = None,
+    ) -> Any:
         C = x.shape[-1]
+        factor = (C // self.heads) ** -0.5
+        if norm is None:
+            qkv = SplitDense(3, C, self.dtype, _INIT, name="qkv")
+            (q, k, v), (_, *around) = qkv(x, of_zeros=True)
+            q *= factor
+        else:
+            kernel, bias = Weights(3 * C, dtype=jnp.float32, kernel_init=_INIT, name="qkv")(C)
+            x, (q, k, v) = normed_dense(x, *norm, kernel, bias, (factor, 1.0, 1.0))
+            _, *around = jnp.split(bias.astype(self.dtype), 3)
         windows = Windows(size, self.window, shift)
-        qkv = SplitDense(3, C, self.dtype, _INIT, name="qkv")
-        (q, k, v), (_, *around) = qkv(x, of_zeros=True)
-        q *= (C // self.heads) ** -0.5
         y = window_attention(q, k, v, jnp.stack(around), self._position_bias(), windows)
-        return Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
+        y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
+        return y if norm is None else (x, y)
 
     def _position_bias(self) -> jax.Array:
         """Bias of query cell (i, j) on key cell (p, q), float32 [heads, window², window²].
@@ -126,8 +142,9 @@ class SwinBlock(nn.Module):
         hidden = int(C * self.mlp_ratio)
         drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
 
-        x, y = LayerNorm(dtype=self.dtype, name="norm1")(x, keep=True)
-        y = WindowAttention(self.heads, self.window, self.dtype, name="attention")(y, size, shift)
+        norm = NormWeights(name="norm1")(C)
+        attention = WindowAttention(self.heads, self.window, self.dtype, name="attention")
+        x, y = attention(x.astype(self.dtype), size, shift, norm)
         x = x + drop_path(y)
 
         kept = drop_path(jnp.ones((B, 1, 1)))

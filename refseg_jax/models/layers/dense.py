@@ -62,17 +62,20 @@ class SplitDense(nn.Module):
         width = self.parts * self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], width)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (width,))
-        split = functools.partial(jnp.split, indices_or_sections=self.parts, axis=-1)
-        y = jax.lax.platform_dependent(
-            x.astype(self.dtype),
-            kernel,
-            bias,
-            tpu=lambda x, k, b: [
-                add_bias(x @ k, b) for k, b in zip(split(k), split(b), strict=True)
-            ],
-            default=lambda x, k, b: split(add_bias(x @ k, b)),
-        )
-        return (y, split(bias.astype(self.dtype))) if of_zeros else y
+        y = split_dense(x.astype(self.dtype), kernel, bias, self.parts)
+        if not of_zeros:
+            return y
+        return y, jnp.split(bias.astype(self.dtype), self.parts)
+
+
+def split_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, parts: int) -> list[jax.Array]:
+    """x [..., C] kernel [C, parts·F] + bias [parts·F], split along the last axis."""
+    split = functools.partial(jnp.split, indices_or_sections=parts, axis=-1)
+    return jax.lax.platform_dependent(
+        *(x, kernel, bias),
+        tpu=lambda x, k, b: [add_bias(x @ k, b) for k, b in zip(split(k), split(b), strict=True)],
+        default=lambda x, k, b: split(add_bias(x @ k, b)),
+    )
 
 
 @jax.custom_vjp

@@ -88,19 +88,19 @@ def fits_kernel(x: jax.Array, hidden: int) -> bool:
     fills = x.dtype == jnp.bfloat16 and channels % LANES == hidden % LANES == 0
     if not fills or not divides_samples(x.shape[0]):
         return False
-    most = MOST_CHANNELS * _room()
-    room = channels <= most and channels * hidden <= 4 * most**2
-    return room and _rows(n) >= min(n, LANES)
+    most = MOST_CHANNELS * room()
+    few = channels <= most and channels * hidden <= 4 * most**2
+    return few and rows_of_block(n) >= min(n, LANES)
 
 
-def _room() -> int:
+def room() -> int:
     """How many times what a v4 has room for."""
     return 2 if on_tpus() and pltpu.get_tpu_info().vmem_capacity_bytes >= LARGE else 1
 
 
-def _rows(n: int) -> int:
+def rows_of_block(n: int) -> int:
     """Of a block: a sample's `n`, or the most that divide them, in whole tiles; 0 for none."""
-    most = MOST_NUMBERS * _room() // WIDTH
+    most = MOST_NUMBERS * room() // WIDTH
     if n <= most:
         return n
     return max((rows for rows in range(16, most + 1, 16) if n % rows == 0), default=0)
@@ -155,7 +155,7 @@ def _specs(B: int, n: int, C: int, parts: int):
     Of rows [B, n, C], of what a sample has [B, 1, C], and functions of their last axes for what all
     have in common [a, b], and for sums [parts, a, b].
     """
-    rows = _rows(n)
+    rows = rows_of_block(n)
     grid = parts, B // parts * (n // rows)
 
     def sample(i, j):
@@ -178,7 +178,7 @@ def _cores() -> int:
     return pltpu.get_tpu_info().num_cores if on_tpus() else 2
 
 
-def _parts(B: int) -> int:
+def parts_of_samples(B: int) -> int:
     """Of the samples, for a chip's cores."""
     return math.gcd(B, _cores())
 
@@ -192,7 +192,7 @@ def _options(
     """
     C = x.shape[-1]
     # On a v5p, without optimisation, twice as many rows take a little more than 16 MiB, too.
-    more = C > MOST_CHANNELS or _room() == _cores() == 2
+    more = C > MOST_CHANNELS or room() == _cores() == 2
     return dict(
         scratch_shapes=[
             pltpu.VMEM(shape, jnp.float32)
@@ -215,7 +215,7 @@ def _forward(x, kept, scale, bias, w1, b1, w2, b2):
     """Of the samples of one device."""
     C, hidden = w1.shape
     rows = x.reshape(len(x), -1, C)
-    grid, block, factor, common, _ = _specs(*rows.shape, _parts(len(x)))
+    grid, block, factor, common, _ = _specs(*rows.shape, parts_of_samples(len(x)))
     vectors = common(1, C), common(1, hidden)
     y = pl.pallas_call(
         _forward_kernel,
@@ -241,7 +241,7 @@ def _backward(x, cotangent, kept, scale, bias, w1, b1, w2):
     """
     C, hidden = w1.shape
     rows = x.reshape(len(x), -1, C)
-    grid, block, factor, common, total = _specs(*rows.shape, _parts(len(x)))
+    grid, block, factor, common, total = _specs(*rows.shape, parts_of_samples(len(x)))
     shapes = [(1, C), (1, C), (C, hidden), (1, hidden), (C, hidden), (1, C)]
     dtypes = [x.dtype if a > 1 else jnp.float32 for a, _ in shapes]
     of_x, *sums = pl.pallas_call(
