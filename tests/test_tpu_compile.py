@@ -229,11 +229,11 @@ mesh = tpu_compile.mesh_of("v5e:2x2")
 chip = mesh.devices.flat[0]
 
 def attend(x, padding, bias):
-    attention = lambda x: attend_in_kernel(x, x, x, padding, bias, Windows((8, 8), 4))
+    attention = lambda x: attend_in_kernel(x, x, x, padding, bias, Windows((16, 8), 4))
     step = lambda x, _: (jax.lax.platform_dependent(x, tpu=attention, default=lambda x: x), None)
     return jax.lax.scan(step, x, length=3)[0]
 
-arrays = jnp.zeros((8, 64, 256), jnp.bfloat16), jnp.zeros((2, 256)), jnp.zeros((8, 16, 16))
+arrays = jnp.zeros((8, 128, 256), jnp.bfloat16), jnp.zeros((2, 256)), jnp.zeros((8, 16, 16))
 ((kernel, times),) = tpu_kernels.kernels_of(jax.make_jaxpr(on_mesh(mesh, attend))(*arrays).jaxpr)
 print(times, *kernel.params["grid_mapping"].grid, tpu_kernels.cycles_of(kernel, chip, dump))
 
@@ -347,7 +347,7 @@ def test_instructions_of_kernels(tmp_path):
     )
     assert (widest, *cells) == ("16 2", "2", "2", "2")
     times, groups, samples, strips, cycles = map(int, kernel.split())
-    assert (times, groups, samples, strips) == (3, 2, 2, 2)  # Of 256 channels and two samples.
+    assert (times, groups, samples, strips) == (3, 2, 2, 4)  # Of 256 channels and two samples.
     assert 100 < cycles / (groups * samples * strips) < 2000
     # The loop runs in 3 of 4, 1 of 5 and all of 6 steps of the grid's axes.
     once, rest = divmod(int(many) - int(few), 990 * 3 * 6)

@@ -1,14 +1,17 @@
 """The kernel for TPUs, interpreted, against XLA's operations; these are held to Swin elsewhere."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.encoders.swin import WindowAttention
-from refseg_jax.models.layers import window_strip
+from refseg_jax.models.layers import window_kernel, window_strip
 from refseg_jax.models.layers.window_attention import attend_in_windows
 from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
 from refseg_jax.models.layers.windows import Windows
@@ -45,6 +48,7 @@ def results(attention, windows, mesh, arrays):
         ((18, 14), 4, 0, 8, 1),
         ((18, 14), 4, 2, 8, 1),
         ((6, 42), 4, 2, 8, 1),  # So wide that all cells ask.
+        ((19, 11), 4, 2, 8, 1),  # All do, as three of four are on the map.
         ((13, 26), 12, 6, 8, 1),  # More cells than lanes.
         ((8, 16), 16, 0, 4, 1),  # Two registers of cells.
     ],
@@ -61,6 +65,35 @@ def test_kernel(size, side, shift, heads, devices, interpreted):
     theirs = results(attend_in_windows, windows, mesh, arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("h", [9, 12])  # With and without cells below the map.
+def test_wide_maps_go_strip_by_strip(h, interpreted, monkeypatch):
+    windows = Windows((h, 14), 4, 2)
+    q, k, v, cotangent = RNG.normal(size=(4, 2, h * 14, 128)).astype(np.float32)
+    padding = RNG.normal(size=(2, 128)).astype(np.float32)
+    bias = RNG.normal(size=(4, 16, 16)).astype(np.float32)
+    arrays = cotangent, q / 8, k, v, padding, bias
+    at_once = results(attend_in_kernel, windows, make_mesh(1, 1), arrays)
+    monkeypatch.setattr(window_kernel, "_at_once", lambda windows, heads: False)
+    jax.clear_caches()
+    by_strips = results(attend_in_kernel, windows, make_mesh(1, 1), arrays)
+    for a, b in zip(at_once, by_strips, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_read_after_it_is_written(monkeypatch):
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan")
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=interpret))
+    windows = Windows((18, 14), 4, 2)
+    q, k, v, cotangent = RNG.normal(size=(4, 2, 18 * 14, 128)).astype(np.float32)
+    padding = RNG.normal(size=(2, 128)).astype(np.float32)
+    bias = RNG.normal(size=(4, 16, 16)).astype(np.float32)
+    arrays = cotangent, q / 8, k, v, padding, bias
+    jax.clear_caches()  # Of kernels that were interpreted otherwise.
+    for result in results(attend_in_kernel, windows, make_mesh(1, 1), arrays):
+        assert np.isfinite(result).all()
+    jax.clear_caches()
 
 
 class Rows:

@@ -18,7 +18,8 @@ from refseg_jax.registers import LANES, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
 # The kernel takes as many heads at a time as fill the lanes of a register, and a strip of the map
-# as high as a window, whose cells it moves into windows by itself: XLA would take longer for it.
+# as high as a window, or all strips of a small map, whose cells it moves into windows by itself:
+# XLA would take longer for it.
 MEMORY = 16 << 20  # Bytes, of a v4.
 
 
@@ -41,7 +42,8 @@ def _memory(windows: Windows, heads: int, strips: int = 1) -> int:
     """Bytes that the backward pass takes at most, with so many heads and strips at a time.
 
     Counted from what the compiler says of maps that are too wide: 18 to 19 strips, biases and their
-    gradients, two of each and once more as logits lie, and what does not fit the registers.
+    gradients, two of each and once more as logits lie, of all queries and of fewer, and what does
+    not fit the registers.
     """
     n, few = windows.side**2, _pick_few(windows).shape[1]
     strip = windows.columns * n * LANES * 2
@@ -294,11 +296,12 @@ def _kernel(
 
 
 def _whole_map(strip: Strip) -> None:
-    """What is left between strips is not waited for, as from one step to another."""
+    """All rows of windows in one step: none waits for the one before."""
     side, shift, last = strip.windows.side, strip.windows.shift, strip.windows.rows - 1
     for row in range(last + 1):
         below = (row + 1) % (last + 1)
-        # (rows of a strip, the first of the windows where they are, whether it is the last, it)
+        # (from and up to which row of a strip, the windows' row where these begin, whether it is the
+        # map's last strip, its number)
         parts = [(shift, side, 0, row == last, row)]
         if shift:
             parts.append((0, shift, side - shift, below == last, below))

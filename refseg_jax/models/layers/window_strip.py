@@ -24,8 +24,11 @@ APART = -100.0
 # beyond full registers comes after those of all heads.
 MOST_LOGITS = 1 << 19  # At a time.
 TOGETHER = 5  # Windows: while one waits for its products, another computes.
+TOGETHER_ON_WIDE_MAPS = 2
 
-LARGE, WIDE = 12, 10  # A window's side, and windows in a row.
+# Up to this side of windows, and so many in a row, there is memory for biases of fewer queries. And
+# strips of wider maps leave it for fewer windows together.
+MOST_SIDE, MOST_COLUMNS = 12, 10
 
 ASKING = ("q", "of_y")  # What has a row for each query.
 
@@ -90,8 +93,7 @@ def rows_of_windows(windows: Windows) -> tuple[tuple[Kind, Kind], tuple[Kind, Ki
     """(all windows but the last, the last) of all rows of windows but the last, and of the last.
 
     Where more than two thirds of its rows or columns are on the map, all of them ask: fewer would
-    fill registers less well. And so it is with large windows and on wide maps, which leave no
-    memory for biases of fewer queries.
+    fill registers less well. And so it is beyond `MOST_SIDE` and `MOST_COLUMNS`.
     """
     side, shift = windows.side, windows.shift
     on_map = windows.cells().reshape(windows.rows, windows.columns, side, side) >= 0
@@ -100,7 +102,8 @@ def rows_of_windows(windows: Windows) -> tuple[tuple[Kind, Kind], tuple[Kind, Ki
     def asking(on_map: np.ndarray) -> tuple[int, ...]:
         places = tuple(np.flatnonzero(on_map).tolist())
         few = 3 * len(places) <= 2 * side
-        return places if few and side <= LARGE and windows.columns <= WIDE else whole
+        room = side <= MOST_SIDE and windows.columns <= MOST_COLUMNS
+        return places if few and room else whole
 
     rows = (whole, 0), (asking(on_map[-1].any((0, 2))), shift)
     columns = (whole, 0), (asking(on_map[:, -1].any((0, 1))), shift)
@@ -113,7 +116,10 @@ def rows_of_windows(windows: Windows) -> tuple[tuple[Kind, Kind], tuple[Kind, Ki
 
 @functools.cache
 def kinds_of(windows: Windows) -> tuple[Kind, ...]:
-    """Those that differ. The first, inside the map, is whole."""
+    """Those that differ; with one row or column of windows, also some that it has not.
+
+    The first, inside the map, is whole.
+    """
     return tuple(dict.fromkeys(itertools.chain(*rows_of_windows(windows))))
 
 
@@ -121,13 +127,12 @@ def kinds_of(windows: Windows) -> tuple[Kind, ...]:
 class Strip:
     """What the kernel does with a strip of the map and a row of windows.
 
-    `refs` has the blocks of arrays by their names, and as scratch NAME_cells, in which there are,
-    for as many rows of windows as are at hand, of which this is number `row`, cells in windows
-    [rows, columns, rows of registers, 128]: those that were read, and then the results in the
-    place of those that they belong to. Of what is `ASKING`, a window's columns that do not
-    ask are left out. NAME_kept is the like of results for later. NAME_lanes with the number of a
-    kind of windows are biases and their gradients as logits lie; where not all cells ask they are
-    of NAME_few, which has one kind's queries after the other's.
+    `refs` has the blocks of arrays by their names, and as scratch NAME_cells [rows of windows,
+    columns, rows of registers, 128], cells in windows, of which this row is number `row`: those
+    that were read, and then the results in their place. Of what is `ASKING`, columns of a window
+    that do not ask are left out. NAME_kept is the like of results for later. NAME_lanes with the
+    number of a kind of windows are biases and their gradients as logits lie; where not all cells
+    ask they are of NAME_few, which has one kind's queries after the other's.
     """
 
     windows: Windows
@@ -244,7 +249,7 @@ class Strip:
             for column, place, source in self._moves(name, first, on_map, to, at):
                 cells[self.row, column, place] = strip[0, source]
             if on_map == last or (name in ASKING and to == 0 and len(kinds[0].rows) < last):
-                continue  # What does not ask is not read.
+                continue  # In the upper part of the last row of windows these do not ask.
             for column, kind in enumerate(kinds):
                 width = len(kind.columns) if name in ASKING else kind.side
                 rows = self.rows((on_map - first + to) * width, (last - on_map) * width)
@@ -276,14 +281,14 @@ class Strip:
         if self.backward:
             self.pad(("k", "v"))  # There are gradients now.
         columns, most = self.windows.columns, MOST_LOGITS // self.refs.bias.size
-        divisors = [n for n in range(1, TOGETHER + 1) if columns % n == 0]
-        together = max(n for n in divisors if n <= max(most, 1))
+        most = min(most, TOGETHER if columns <= MOST_COLUMNS else TOGETHER_ON_WIDE_MAPS)
+        together = max(n for n in range(1, max(most, 1) + 1) if columns % n == 0)
         compute = self._backward if self.backward else self._forward
         kind, last = rows_of_windows(self.windows)[end]
 
-        def some(i: int | jax.Array, last: Kind) -> None:
-            columns = [i * together + j for j in range(together)]
-            compute(list(zip(columns, [kind] * (together - 1) + [last], strict=True)))
+        def some(i: int | jax.Array, ending: Kind) -> None:
+            kinds = [kind] * (together - 1) + [ending]
+            compute([(i * together + j, kind) for j, kind in enumerate(kinds)])
 
         alike = columns // together - (kind != last)
         if alike == 1:
@@ -293,17 +298,17 @@ class Strip:
         if kind != last:
             some(alike, last)
 
-    def _forward(self, windows: list[tuple[Any, Kind]]) -> None:
+    def _forward(self, these: list[tuple[Any, Kind]]) -> None:
         results = []
-        for column, kind in windows:
+        for column, kind in these:
             q, k, v = (self.cells(name, column, kind) for name in self.sources)
             weights = _weights(_one_by_one(q, self.heads), k, self.bias(kind)).astype(self.dtype)
             results.append([_sum_over_keys(weights, v, self.heads)])
-        self.put(windows, results)
+        self.put(these, results)
 
-    def _backward(self, windows: list[tuple[Any, Kind]]) -> None:
+    def _backward(self, these: list[tuple[Any, Kind]]) -> None:
         results, of_bias, of_padding = [], {}, 0
-        for column, kind in windows:
+        for column, kind in these:
             q, k, v, of_y = (self.cells(name, column, kind) for name in self.sources)
             queries, of_y = _one_by_one(q, self.heads), _one_by_one(of_y, self.heads)
             weights = _weights(queries, k, self.bias(kind))
@@ -324,7 +329,7 @@ class Strip:
             self.ref(name)[...] += x
         if self.windows.padded:
             self.refs.of_padding[...] += of_padding
-        self.put(windows, results)
+        self.put(these, results)
 
     def places(self, name: str, kind: Kind) -> list[slice]:
         """The rows of registers in which a window's queries, or keys, are."""
@@ -343,9 +348,9 @@ class Strip:
         rows = [ref[self.row, column, place] for place in self.places(name, kind)]
         return pltpu.bitcast(jnp.concatenate(rows), self.dtype)
 
-    def put(self, windows: list[tuple[Any, Kind]], results: list[list[jax.Array]]) -> None:
+    def put(self, these: list[tuple[Any, Kind]], results: list[list[jax.Array]]) -> None:
         """The `results` of each window, after all of them were computed: else one would wait."""
-        for (column, kind), of_window in zip(windows, results, strict=True):
+        for (column, kind), of_window in zip(these, results, strict=True):
             for name, x in zip(self.results.values(), of_window, strict=True):
                 cells = self.ref(f"{name}_cells")
                 x, start = pltpu.bitcast(x.astype(self.dtype), cells.dtype), 0
