@@ -300,8 +300,8 @@ def _whole_map(strip: Strip) -> None:
     side, shift, last = strip.windows.side, strip.windows.shift, strip.windows.rows - 1
     for row in range(last + 1):
         below = (row + 1) % (last + 1)
-        # (from and up to which row of a strip, the windows' row where these begin, whether it is the
-        # map's last strip, its number)
+        # (from and up to which row of a strip, the windows' row where these begin, whether it is
+        # the map's last strip, its number)
         parts = [(shift, side, 0, row == last, row)]
         if shift:
             parts.append((0, shift, side - shift, below == last, below))
