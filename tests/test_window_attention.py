@@ -64,7 +64,8 @@ def test_kernel(size, side, shift, heads, devices, interpreted):
     ours = results(attend_in_kernel, windows, mesh, arrays)
     theirs = results(attend_in_windows, windows, mesh, arrays)
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        # Where sums cancel, their error is that of the numbers that they are of.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("h", [9, 12])  # With and without cells below the map.
@@ -79,7 +80,7 @@ def test_wide_maps_go_strip_by_strip(h, interpreted, monkeypatch):
     jax.clear_caches()
     by_strips = results(attend_in_kernel, windows, make_mesh(1, 1), arrays)
     for a, b in zip(at_once, by_strips, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6 * np.abs(b).max())
 
 
 def test_memory_is_read_after_it_is_written(monkeypatch):
