@@ -105,7 +105,7 @@ def test_what_fits_the_kernel(shape, dtype, hidden, fits):
     assert not module.fits_kernel(array, hidden)  # It is not known where the samples are.
 
 
-def test_a_block_takes_the_kernel_on_a_tpu(like_a_tpu):
+def test_a_block_takes_kernels_on_a_tpu(like_a_tpu):
     block = SwinBlock(4, 4, mlp_ratio=2.0, drop_path=0.5, dtype=jnp.bfloat16)
     x = jnp.ones((2, 64, C), jnp.bfloat16)
     variables = block.init(jax.random.key(0), x, (8, 8), 0, False)
@@ -114,6 +114,8 @@ def test_a_block_takes_the_kernel_on_a_tpu(like_a_tpu):
         apply = functools.partial(block.apply, size=(8, 8), shift=0, train=False)
         return str(jax.make_jaxpr(on_mesh(make_mesh(2, 1), apply))(variables, x))
 
-    assert "name=feed_forward" in jaxpr() and " erf " in jaxpr()
+    kernels = "name=feed_forward", "name=normed_dense"
+    assert all(name in jaxpr() for name in kernels) and " erf " in jaxpr()
     like_a_tpu()
-    assert "name=feed_forward" in jaxpr() and " erf " not in jaxpr()
+    assert all(name in jaxpr() for name in kernels) and " erf " not in jaxpr()
+    assert "name=layer_norm" not in jaxpr()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from refseg_jax.models.encoders.swin import SwinBlock
 from refseg_jax.models.layers import feed_forward
 from refseg_jax.models.layers.normed_dense import dense_in_kernel, dense_of_norm, fits_kernel
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
@@ -84,17 +83,3 @@ def test_what_fits_the_kernel(shape, dtype, features, fits):
     array = jax.ShapeDtypeStruct(shape, dtype)
     assert on_mesh(make_mesh(2, 1), lambda x: fits_kernel(x, features))(array) == fits
     assert not fits_kernel(array, features)  # It is not known where the samples are.
-
-
-def test_a_block_takes_the_kernel_on_a_tpu(like_a_tpu):
-    block = SwinBlock(4, 4, mlp_ratio=2.0, drop_path=0.5, dtype=jnp.bfloat16)
-    x = jnp.ones((2, 64, C), jnp.bfloat16)
-    variables = block.init(jax.random.key(0), x, (8, 8), 0, False)
-
-    def jaxpr():
-        apply = functools.partial(block.apply, size=(8, 8), shift=0, train=False)
-        return str(jax.make_jaxpr(on_mesh(make_mesh(2, 1), apply))(variables, x))
-
-    assert "name=normed_dense" in jaxpr() and "platform_index" in jaxpr()
-    like_a_tpu()
-    assert "name=normed_dense" in jaxpr() and "name=layer_norm" not in jaxpr()

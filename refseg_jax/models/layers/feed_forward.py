@@ -149,20 +149,24 @@ def _in_kernel_backward(saved, cotangent):
 feed_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 
 
-def _specs(B: int, n: int, C: int, parts: int):
+def specs(B: int, n: int):
     """A grid (parts of the samples, all blocks of rows of one), and where its steps find blocks.
 
-    Of rows [B, n, C], of what a sample has [B, 1, C], and functions of their last axes for what all
-    have in common [a, b], and for sums [parts, a, b].
+    Functions of their last axes: of rows [B, n, C], of what a sample has [B, 1, C], of what all
+    have in common [a, b], and of sums [parts, a, b].
     """
+    parts = _parts(B)
     rows = rows_of_block(n)
     grid = parts, B // parts * (n // rows)
 
     def sample(i, j):
         return i * (B // parts) + j // (n // rows)
 
-    block = pl.BlockSpec((1, rows, C), lambda i, j: (sample(i, j), j % (n // rows), 0))
-    factor = pl.BlockSpec((1, 1, C), lambda i, j: (sample(i, j), 0, 0))
+    def block(C):
+        return pl.BlockSpec((1, rows, C), lambda i, j: (sample(i, j), j % (n // rows), 0))
+
+    def factor(C):
+        return pl.BlockSpec((1, 1, C), lambda i, j: (sample(i, j), 0, 0))
 
     def common(*shape):
         return pl.BlockSpec(shape, lambda i, j: (0, 0))
@@ -178,7 +182,7 @@ def _cores() -> int:
     return pltpu.get_tpu_info().num_cores if on_tpus() else 2
 
 
-def parts_of_samples(B: int) -> int:
+def _parts(B: int) -> int:
     """Of the samples, for a chip's cores."""
     return math.gcd(B, _cores())
 
@@ -215,7 +219,8 @@ def _forward(x, kept, scale, bias, w1, b1, w2, b2):
     """Of the samples of one device."""
     C, hidden = w1.shape
     rows = x.reshape(len(x), -1, C)
-    grid, block, factor, common, _ = _specs(*rows.shape, parts_of_samples(len(x)))
+    grid, block, factor, common, _ = specs(*rows.shape[:2])
+    block, factor = block(C), factor(C)
     vectors = common(1, C), common(1, hidden)
     y = pl.pallas_call(
         _forward_kernel,
@@ -241,7 +246,8 @@ def _backward(x, cotangent, kept, scale, bias, w1, b1, w2):
     """
     C, hidden = w1.shape
     rows = x.reshape(len(x), -1, C)
-    grid, block, factor, common, total = _specs(*rows.shape, parts_of_samples(len(x)))
+    grid, block, factor, common, total = specs(*rows.shape[:2])
+    block, factor = block(C), factor(C)
     shapes = [(1, C), (1, C), (C, hidden), (1, hidden), (C, hidden), (1, C)]
     dtypes = [x.dtype if a > 1 else jnp.float32 for a, _ in shapes]
     of_x, *sums = pl.pallas_call(

@@ -14,9 +14,9 @@ from refseg_jax.models.layers.feed_forward import (
     EPSILON,
     MEMORY,
     MOST_CHANNELS,
-    parts_of_samples,
     room,
     rows_of_block,
+    specs,
 )
 from refseg_jax.models.layers.layer_norm import layer_norm, normalize, standardize
 from refseg_jax.registers import LANES, product, traced_once
@@ -108,22 +108,12 @@ dense_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 def _run(factors: tuple[float, ...], x, scale, bias, kernel, shift) -> list[jax.Array]:
     """Of the samples of one device."""
     B, n, C = x.shape
-    rows, parts, features = rows_of_block(n), parts_of_samples(B), kernel.shape[1] // len(factors)
-    blocks = n // rows
-
-    def block(width: int) -> pl.BlockSpec:
-        def place(i, j):
-            return i * (B // parts) + j // blocks, j % blocks, 0
-
-        return pl.BlockSpec((1, rows, width), place)
-
-    def common(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i, j: (0, 0))
-
+    features = kernel.shape[1] // len(factors)
+    grid, block, _, common, _ = specs(B, n)
     return pl.pallas_call(
         functools.partial(_kernel, factors),
         name="normed_dense",
-        grid=(parts, B // parts * blocks),
+        grid=grid,
         in_specs=[
             *(block(C), common(1, C), common(1, C)),
             *(common(*kernel.shape), common(1, shift.size)),

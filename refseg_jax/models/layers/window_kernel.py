@@ -184,12 +184,11 @@ def _run(
         return pl.BlockSpec((1, side * w, LANES), lambda g, b, i: (b, which(i), g))
 
     # The same block for all strips: it is read and written once.
-    of_padding = pl.BlockSpec((2, side, LANES), lambda g, b, i: (0, 0, g))
     cells = ("q", "k", "v", "of_y")[: len(arrays)]
     inputs = {name: (x, strip(steps.read)) for name, x in zip(cells, arrays, strict=True)}
     if windows.padded:
         rows = jnp.broadcast_to(padding[:, None], (2, side, C))
-        inputs["padding"] = rows, of_padding
+        inputs["padding"] = rows, pl.BlockSpec((2, side, LANES), lambda g, b, i: (0, 0, g))
     inputs["bias"] = bias, pl.BlockSpec((heads, n, n), lambda g, b, i: (g, 0, 0))
     kinds, pick = kinds_of(windows), _pick_few(windows)
     if pick.size:
