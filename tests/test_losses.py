@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from refseg_jax.losses.contrastive import cmic_loss, draw_samples
-from refseg_jax.losses.segmentation import majority_downsample, masked_mean, sigmoid_bce
+from refseg_jax.losses.segmentation import (
+    majority_downsample,
+    masked_mean,
+    nearest_downsample,
+    sigmoid_bce,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -52,6 +57,14 @@ def test_majority_downsample():
     assert labels.dtype == bool
     np.testing.assert_array_equal(labels, [[[True, False], [True, False]]])
     assert majority_downsample(jnp.zeros((2, 9, 5), bool)).shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (5, 7), (11, 13), (12, 20), (1, 1), (24, 30)])
+def test_nearest_downsample(size):
+    mask = np.random.default_rng(1).random((2, 12, 20)) < 0.5
+    rows, columns = (np.arange(n) * m // n for n, m in zip(size, (12, 20), strict=True))
+    labels = nearest_downsample(jnp.asarray(mask), size)
+    np.testing.assert_array_equal(labels, mask[:, rows][:, :, columns])
 
 
 def test_masked_mean_ignores_padding_rows():

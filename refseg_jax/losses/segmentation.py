@@ -59,6 +59,20 @@ def majority_downsample(mask: jax.Array, factor: int = 4) -> jax.Array:
     return 2 * jnp.einsum("bhW,Ww->bhw", columns, width) >= factor**2
 
 
+def nearest_downsample(mask: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Labels of a coarser grid, cell i's of pixel floor(i H / h): bool [B,H,W] -> [B,h,w]."""
+
+    def picked(pixels: int, cells: int) -> np.ndarray:
+        """[cells, pixels], 1 where a pixel is a cell's."""
+        chosen = np.arange(cells)[:, None] * pixels // cells
+        return (chosen == np.arange(pixels)).astype(np.float32)
+
+    # Products, as for majorities; of ones and zeros with a single one in a row, so exact.
+    rows, columns = (picked(*n) for n in zip(mask.shape[1:], size, strict=True))
+    rows = jnp.einsum("hH,bHW->bhW", rows, mask.astype(jnp.float32))
+    return jnp.einsum("wW,bhW->bhw", columns, rows) > 0.5
+
+
 def masked_mean(per_sample: jax.Array, valid: jax.Array) -> jax.Array:
     """Mean of `per_sample` [B] over the rows where `valid` bool [B]; 0 when there are none."""
     return jnp.where(valid, per_sample, 0).sum() / jnp.maximum(valid.sum(), 1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refseg_jax.errors import UserError
-from refseg_jax.losses.segmentation import masked_mean, sigmoid_bce
+from refseg_jax.losses.segmentation import masked_mean, nearest_downsample, sigmoid_bce
 from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
@@ -354,9 +354,5 @@ class CRIS(nn.Module):
         mask bool [B, H, W], valid bool [B] -> (scalar, no parts). No use of `key`.
         """
         logits = outputs["logits"]
-        rows, columns = (
-            np.arange(n) * size // n
-            for n, size in zip(logits.shape[1:], mask.shape[1:], strict=True)
-        )
-        mask = mask[:, rows[:, None], columns]
+        mask = nearest_downsample(mask, logits.shape[1:])
         return masked_mean(sigmoid_bce(logits, mask), valid), {}
