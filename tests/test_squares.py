@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from refseg_jax.models import jmceln
 from refseg_jax.models.encoders import darknet, resnet
+from refseg_jax.models.jmceln import Upsampling
 from refseg_jax.models.layers.conv import ConvNorm, convolve
+from refseg_jax.models.layers.decoder import class_difference
+from refseg_jax.models.layers.resize import doubled_conv, resized_conv
 from refseg_jax.models.layers.squares import image_to_squares, kernel_of_squares, mean_of_squares
 from refseg_jax.sharding import make_mesh, on_mesh, on_tpus
 
@@ -41,9 +45,8 @@ def with_gradients(function, *arguments):
         y = function(*arguments)
         return jnp.sin(y).sum(), y
 
-    (_, y), gradients = jax.value_and_grad(loss, tuple(range(len(arguments))), has_aux=True)(
-        *arguments
-    )
+    step = jax.value_and_grad(loss, tuple(range(len(arguments))), has_aux=True)
+    (_, y), gradients = jax.jit(step)(*arguments)
     return y, gradients
 
 
@@ -132,6 +135,61 @@ def test_an_encoder_begins_with_squares_on_a_tpu(encoder, monkeypatch):
     ours = embed(variables, odd)
     monkeypatch.undo()
     close(ours, embed(variables, odd))
+
+
+@pytest.mark.parametrize("size", [(6, 10), (3, 2), (1, 5), (1, 1)])
+def test_doubled_conv(size):
+    x, kernel = normal(2, *size, 4), normal(3, 3, 4, 5, seed=1)
+    doubled = tuple(2 * n for n in size)
+
+    def ours(x, kernel):
+        return from_squares(doubled_conv(x, kernel), 2)
+
+    theirs = with_gradients(lambda *a: resized_conv(*a, doubled), x, kernel)
+    close(with_gradients(ours, x, kernel), theirs)
+    in_bfloat16 = ours(x.astype(jnp.bfloat16), kernel)
+    assert in_bfloat16.dtype == jnp.bfloat16
+    largest = float(jnp.abs(theirs[0]).max())
+    np.testing.assert_allclose(in_bfloat16.astype(jnp.float32), theirs[0], atol=1e-2 * largest)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_class_difference_of_squares(side):
+    x, kernel, bias = normal(2, 2 * side, 3 * side, 8), normal(8, 2, seed=1), normal(2, seed=2)
+
+    def ours(x, kernel, bias):
+        return class_difference(to_squares(x, side), kernel, bias, side)
+
+    close(with_gradients(ours, x, kernel, bias), with_gradients(class_difference, x, kernel, bias))
+
+
+@pytest.mark.parametrize("doublings", [0, 1, 2])
+def test_an_upsampling_ends_with_squares_on_a_tpu(doublings, monkeypatch):
+    x, size, decoder = normal(2, 3, 5, 16), (24, 40), Upsampling(doublings)
+    variables = decoder.init(jax.random.key(0), x, size, True)
+    shapes = jax.tree.map(jnp.shape, variables)
+    variables = jax.tree.map(lambda x: jnp.abs(normal(*x.shape, seed=x.size)) / 4, variables)
+
+    def trained(params, x):
+        return decoder.apply({**variables, "params": params}, x, size, True, mutable="batch_stats")
+
+    def all_of_it():
+        logits, gradients = with_gradients(lambda *a: trained(*a)[0], variables["params"], x)
+        _, statistics = jax.jit(lambda *a: trained(*a))(variables["params"], x)
+        evaluated = jax.jit(lambda *a: decoder.apply(*a, size, False))(variables, x)
+        return evaluated, logits, gradients, statistics
+
+    def has_largest_map():
+        jaxpr = jax.make_jaxpr(lambda: all_of_it())()  # Traced anew.
+        h, w = (n * 2**doublings for n in x.shape[1:3])
+        return re.search(rf"\[2,{h},{w},\d", str(jaxpr))
+
+    theirs = all_of_it()
+    assert has_largest_map()
+    monkeypatch.setattr(jmceln, "on_tpus", lambda: True)
+    assert bool(has_largest_map()) == (not doublings)
+    close(all_of_it(), theirs)
+    assert jax.tree.map(jnp.shape, decoder.init(jax.random.key(0), x, size, True)) == shapes
 
 
 def test_a_cpu_is_no_tpu():

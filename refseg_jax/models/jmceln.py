@@ -26,8 +26,9 @@ from refseg_jax.models.layers.decoder import class_difference
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.depthwise import DepthwiseConv
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm, SwitchNorm
-from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
+from refseg_jax.models.layers.resize import doubled_conv, resize_bilinear, resized_conv
 from refseg_jax.models.layers.sentence import sentence_vector
+from refseg_jax.sharding import on_tpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,20 +201,21 @@ class Stage(nn.Module):
 class Classifier(nn.Module):
     """Logits of two classes, background and foreground: the second's minus the first's.
 
-    [B, h, w, C] -> float32 [B, h, w]. Parameters `kernel` [C, 2], `bias` [2].
+    [B, h, w, C] -> float32 [B, h, w], or of squares of pixels, see `class_difference`. Parameters
+    `kernel` [C, 2], `bias` [2].
     """
 
     prior: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, squares: int = 1) -> jax.Array:
         init, log_odds = nn.initializers.lecun_normal(), 0.0
         if self.prior:
             init = nn.initializers.normal(0.02)
             log_odds = math.log(self.prior / (1 - self.prior))
-        kernel = self.param("kernel", init, (x.shape[-1], 2))
+        kernel = self.param("kernel", init, (x.shape[-1] // squares**2, 2))
         bias = self.param("bias", lambda _: jnp.array([0.0, log_odds]))
-        return class_difference(x, kernel, bias)
+        return class_difference(x, kernel, bias, squares)
 
 
 class Upsampling(nn.Module):
@@ -221,6 +223,9 @@ class Upsampling(nn.Module):
 
     Paper leaves open: the layers. Here bilinear, 3x3 convolution, batch norm, ReLU, each half as
     wide as the one before. What the doublings leave to the image's size is bilinear.
+
+    On a TPU the last doubling is in the kernel of its convolution, see `doubled_conv`: norm and
+    classifier, which alone read its map, take squares of pixels as well.
     """
 
     doublings: int
@@ -230,12 +235,16 @@ class Upsampling(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int], train: bool) -> jax.Array:
         """[B, h, w, dim], size (H, W) -> the `Classifier`'s logits float32 [B, H, W]."""
+        squares = 1
         for i in range(self.doublings):
             _, h, w, C = x.shape
             kernel = self.param(f"kernel{i}", nn.initializers.he_normal(), (3, 3, C, C // 2))
-            x = resized_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
-            x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train))
-        return resize_bilinear(Classifier(self.prior, name="classifier")(x), size)
+            if i == self.doublings - 1 and on_tpus():
+                squares, x = 2, doubled_conv(x, kernel)
+            else:
+                x = resized_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
+            x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train, squares**2))
+        return resize_bilinear(Classifier(self.prior, name="classifier")(x, squares), size)
 
 
 class JMCELN(nn.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
+from refseg_jax.models.layers.squares import pixels_of_squares
 
 
 class JoiningConv(nn.Module):
@@ -55,13 +56,23 @@ class ConvBlock(nn.Module):
         return x
 
 
-def class_difference(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def class_difference(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, squares: int = 1
+) -> jax.Array:
     """The second class's logits minus the first's, all that masks and losses need.
 
     x [B,h,w,C], kernel [C,2], bias [2] -> f32 [B,h,w]. Both would be two lanes of a TPU's 128.
+    With `squares` x has squares of pixels of that side in its channels (see squares.py):
+    [B,h,w,squares²·C] -> [B,squares·h,squares·w].
     """
     kernel, bias = kernel[:, 1] - kernel[:, 0], bias[1] - bias[0]
-    return _along_channels(x, kernel.astype(x.dtype)) + bias
+    if squares == 1:
+        return _along_channels(x, kernel.astype(x.dtype)) + bias
+    each = jnp.kron(jnp.eye(squares**2), kernel[:, None]).astype(x.dtype)
+    # A TPU's products round float32 to bfloat16 else.
+    highest = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jnp.einsum("bhwc,cp->bphw", x, each, precision=highest, preferred_element_type=jnp.float32)
+    return pixels_of_squares(y, squares) + bias
 
 
 @jax.custom_vjp

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refseg_jax.models.layers.conv import convolve
+
 
 def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = False) -> jax.Array:
     """Resizes `x` [B,h,w,C] or [B,h,w] to [B,*size,C] or [B,*size], in the dtype of `x`.
@@ -38,8 +40,7 @@ def resized_conv(
 
     def convolve_resized(x, kernel):
         x = resize_bilinear(x, size, align_corners)
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+        return convolve(x, kernel, 1, (1, 1))
 
     return jax.lax.platform_dependent(
         x,
@@ -47,6 +48,57 @@ def resized_conv(
         cpu=functools.partial(_resize_products, size=size, align_corners=align_corners),
         default=convolve_resized,
     )
+
+
+def doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`resized_conv` to twice the size, `align_corners` False, with squares of pixels as result.
+
+    Args:
+        x: [B,h,w,C].
+        kernel: float32 [3,3,C,D].
+
+    Returns:
+        [B,h,w,4·D] in the dtype of `x`: 2x2 pixels side by side, see squares.py.
+
+    The window of a pixel of the doubled map holds mixtures of 3x3 cells of `x`, the same ones for
+    every pixel at that place of its square. So it is one 3x3 convolution of `x`, whose kernel is
+    mixed instead of the map: as much work, and no larger map. With zeros around `x` the doubled
+    map lacks a quarter of the last cell at its border, and goes on for a pixel with another: both
+    are put right along its four sides. The kernel's gradient is that of the mixed ones, seven times
+    as large, until devices have added it up.
+    """
+    (B, h, w, _), (C, D) = x.shape, kernel.shape[2:]
+    # [2,3,3]: of a line's pixel in its square and a cell of its window, the weights of three of x.
+    matrix = _linear(5, 10, False)
+    mixture = np.stack([matrix[3 + pixel : 6 + pixel, 1:4] for pixel in (0, 1)])
+    mixture = np.einsum("ptu,qsv->uvpqts", mixture, mixture).reshape(36, 9)
+    highest = jax.lax.Precision.HIGHEST
+    mixed = jnp.einsum("mk,kcd->mcd", mixture, kernel.reshape(9, C, D), precision=highest)
+    mixed = mixed.reshape(3, 3, 4, C, D).transpose(0, 1, 3, 2, 4).reshape(3, 3, C, 4 * D)
+    y = convolve(x, mixed.astype(x.dtype), 1, (1, 1))
+
+    def missing(kernel: jax.Array, last: bool) -> jax.Array:
+        """[3,3,C,D] -> [3,C,2·D]: of a side's two pixels across it, by cells along it."""
+        outer = kernel[-1 if last else 0]
+        pixels = kernel[1] - outer, outer
+        both = jnp.stack(pixels[::-1] if last else pixels, 2) / 4
+        return both.reshape(3, C, 2 * D).astype(x.dtype)
+
+    # Rows from corner to corner, with all that the corners need; columns are without it, and have
+    # zeros beyond their ends, as `mixed` has.
+    none = 0, 0
+    for last in (False, True):
+        row, column = (x[:, -1:], x[:, :, -1:]) if last else (x[:, :1], x[:, :, :1])
+        row = jnp.pad(resize_bilinear(row, (1, 2 * w)), (none, none, (1, 1), none))
+        row = convolve(row, missing(kernel, last)[None], 1, (0, 0))
+        row = row.reshape(B, 1, w, 2, 2, D).swapaxes(3, 4).reshape(B, 1, w, 4 * D)
+        y += jnp.pad(row, (none, (h - 1, 0) if last else (0, h - 1), none, none))
+
+        column = resize_bilinear(jnp.pad(column, (none, (1, 1), none, none)), (2 * h + 4, 1))
+        kernel_of_columns = missing(kernel.swapaxes(0, 1), last)[:, None]
+        column = convolve(column[:, 1:-1], kernel_of_columns, 1, (0, 0)).reshape(B, h, 1, 4 * D)
+        y += jnp.pad(column, (none, none, (w - 1, 0) if last else (0, w - 1), none))
+    return y
 
 
 def _resize_products(

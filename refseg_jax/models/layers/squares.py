@@ -4,11 +4,14 @@ A TPU has a map's channels in the lanes of its registers, 128 of them. The first
 have 3 to 64 channels and most of its pixels, so that moving and multiplying empty lanes takes most
 of the time there. With 2 x 2 or 4 x 4 pixels side by side the lanes are full, and a convolution is
 one of squares, with a kernel that is zero where a square's pixels are out of the window's reach:
-up to sixteen times the work, in about a third of the time (docs/scale.md). Other devices work on
-pixels.
+up to sixteen times the work, in about a third of the time (docs/scale.md). A decoder's last map can
+be one of squares, too, if it is a convolution of a map half its size: see `doubled_conv`. Other
+devices work on pixels.
 
 A map of `side` squares is [B,h,w,side²·C]: pixels row by row, each with its C channels.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,20 @@ def mean_of_squares(x: jax.Array, side: int) -> jax.Array:
     pixels = side * side
     pool = np.tile(np.eye(x.shape[-1] // pixels) / pixels, (pixels, 1))
     return jnp.matmul(x, jnp.asarray(pool, x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def pixels_of_squares(x: jax.Array, side: int) -> jax.Array:
+    """Depth to space of one channel: [B,side²,h,w] -> [B,side·h,side·w]."""
+    B, _, h, w = x.shape
+
+    def places(cells: int) -> np.ndarray:
+        """[pixels, side, cells], 1 where a pixel of a line is."""
+        return np.eye(side * cells).reshape(-1, cells, side).swapaxes(1, 2)
+
+    # Products, as a TPU would move each pixel else, in the gradient at least.
+    pick = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    columns = pick("Wqw,bpqhw->bphW", places(w).astype(x.dtype), x.reshape(B, side, side, h, w))
+    return pick("Hph,bphW->bHW", places(h).astype(x.dtype), columns)
 
 
 def kernel_of_squares(
