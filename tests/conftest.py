@@ -1,6 +1,7 @@
 """Fixtures: where the real photographs and the released models' outputs lie, if they are here."""
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -22,6 +23,13 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPO / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest  # noqa: E402
+
+
+def pytest_collection_finish():
+    """To look for garbage among all that was imported, after a few new objects, takes long."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 def _data_root() -> pathlib.Path:
