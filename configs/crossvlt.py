@@ -54,21 +54,22 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.update(lr=3e-5, groups=GROUPS)
     config.train.update(batch_size=16, eval_every=2650)  # An epoch of RefCOCO.
 
-    if "paper" in words:
-        config.model.update(class_weights=(1.0, 1.0), align_at="stage")
-        config.model.update(task_weight=1.0, align_weight=0.5)
-        config.optim.lr = 3e-4
-        config.optim.groups = ((r"^temperature$", 1.0, 0.0), *GROUPS)
-    if common.is_small(words):
-        common.make_small(config)
-        config.model.update(language_depths=(1, 1, 1), align_dim=64, head_dim=24)
-        config.model.shut_gates = False
-        if config.data.dataset == "shapes":  # A step takes longer than the other models'.
-            config.train.update(steps=3000, eval_every=1000, checkpoint_every=500)
     if "uni" in words:
         config.model.direction = "uni"
     if "aux" in words:
         config.model.align_loss = "aux"
     if "no_align" in words:
         config.model.align_stages = ()
+    if "paper" in words:
+        config.model.update(class_weights=(1.0, 1.0), align_at="stage")
+        config.model.update(task_weight=1.0, align_weight=0.5)
+        config.optim.lr = 3e-4
+        if not words & {"aux", "no_align"}:  # Which have no temperatures.
+            config.optim.groups = ((r"^temperature$", 1.0, 0.0), *GROUPS)
+    if common.is_small(words):
+        common.make_small(config)
+        config.model.update(language_depths=(1, 1, 1), align_dim=64, head_dim=24)
+        config.model.shut_gates = False
+        if config.data.dataset == "shapes":  # A step takes longer than the other models'.
+            config.train.update(steps=3000, eval_every=1000, checkpoint_every=500)
     return config

@@ -2,10 +2,13 @@
 
 A run's directory holds `checkpoints/last` (the whole train state, to resume) and
 `checkpoints/best` (variables of the best evaluation so far, to predict and evaluate), and beside
-them `config.json` and `tokenizer.json`, so the directory is all that inference needs.
+them `config.json` and `tokenizer.json`, so the directory is all that inference needs. `data.json`
+says what the run was trained on.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from refseg_jax.optim import path_name
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+DATA_FILE = "data.json"
 
 
 class Checkpoints:
@@ -44,14 +48,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exc) -> None:
-        self.last.close()
-        self.best.close()
+        for manager in (self.last, self.best):
+            with _saving(manager):
+                manager.close()
 
     def save_last(self, state: Any) -> None:
         """Saves the train state under its step (in the background)."""
         step = int(state.step)
         if step not in self.last.all_steps():
-            self.last.save(step, args=ocp.args.StandardSave(state))
+            with _saving(self.last):
+                self.last.save(step, args=ocp.args.StandardSave(state))
 
     def restore_last(self, abstract: Any) -> Any | None:
         """The last train state, laid out as `abstract` (shapes with shardings); None if none."""
@@ -68,15 +74,29 @@ class Checkpoints:
         if held and (score <= held[1] or step == held[0]):
             return False
         # A run resumed from before its best may come by the same step with a better score.
-        self.best.save(
-            step, args=ocp.args.StandardSave(variables), metrics={"score": score}, force=True
-        )
-        self.best.wait_until_finished()
+        args, metrics = ocp.args.StandardSave(variables), {"score": score}
+        with _saving(self.best):
+            self.best.save(step, args=args, metrics=metrics, force=True)
+            self.best.wait_until_finished()
         return True
 
     def restore_best(self, abstract: Any) -> Any | None:
         """The best variables, laid out as `abstract`; None if there are none yet."""
         return _restore(self.best, abstract, self.best.best_step())
+
+
+@contextlib.contextmanager
+def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns what a disk that is full, or may not be written to, raises into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        if isinstance(e, ValueError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise UserError(
+            f"cannot save a checkpoint to {manager.directory}: {str(e).splitlines()[0]} (those "
+            "that were saved before are whole: mend it and run the same command again)"
+        ) from e
 
 
 def _restore(manager: ocp.CheckpointManager, abstract: Any, step: int | None = None) -> Any | None:
@@ -143,6 +163,25 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
         ) from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
+    """Writes down what a run is trained on, `data.identity`; if `resumed`, compares it.
+
+    Raises:
+      UserError: the run in `workdir` was trained on something else.
+    """
+    path = epath.Path(workdir) / DATA_FILE
+    if resumed and path.exists():
+        known = json.loads(path.read_text())
+        if known != found:
+            were, are = (f"{x['sentences']} sentences of {x['refs']} refs" for x in (known, found))
+            raise UserError(
+                f"{workdir} holds a run on other training data ({known['dataset']}, {were}; now "
+                f"{found['dataset']}, {are}): give another --workdir, or the same data to resume"
+            )
+    elif jax.process_index() == 0:
+        path.write_text(json.dumps(found) + "\n")
 
 
 def any_saved(workdir: str) -> bool:

@@ -235,6 +235,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: see `Predictor`; or the output directory cannot be written.
     """
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
+        raise UserError(f"--threshold={arguments.threshold} is no probability")
     # The image first: a mistyped path should not wait for a model to load.
     image = load_image(arguments.image)
     predictor = Predictor.from_workdir(arguments.workdir)

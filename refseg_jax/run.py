@@ -1,6 +1,11 @@
 """A run from start to end: its directory, training, evaluation, report, and the summary."""
 
+import contextlib
+import functools
 import json
+import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,6 +13,8 @@ import ml_collections
 from etils import epath
 
 from refseg_jax import checkpoint, data, details, evaluate
+from refseg_jax.data.files import locked
+from refseg_jax.data.pipeline import CannotShuffle
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.logging import read_metrics
@@ -22,6 +29,21 @@ FREE_FIELDS = (
     "data.root", "data.workers", "data.threads", "data.eval_splits",
 )  # fmt: skip
 
+# The least that a number may be.
+LEAST = {
+    "seed": 0,
+    "train.batch_size": 1,
+    "train.accumulate": 1,
+    "train.log_every": 1,
+    "train.eval_every": 1,
+    "train.checkpoint_every": 1,
+    "eval.batch_size": 1,
+    "data.image_size": 1,
+    "data.max_tokens": 3,  # Two marks and a piece.
+    "data.workers": 0,
+    "data.threads": 0,
+}
+
 EXPLAINED = 4  # Examples, at most, of which the report shows how the mask came about.
 
 
@@ -33,18 +55,50 @@ def run(
     `begun` is the time at which the program started, by default now.
 
     Raises:
-      UserError: see `train` and `evaluate_run`.
+      UserError: see `check`, `train` and `evaluate_run`.
     """
+    check(config)
     jax.config.update("jax_threefry_partitionable", True)
     if mode == "evaluate":
         checkpoint.read_config(workdir)  # Only a run that was trained can be evaluated.
-    tokenizer = prepare(config, workdir)
-    summary = {}
-    if mode != "evaluate":
+        return {**evaluate_run(config, prepare(config, workdir), workdir), "workdir": workdir}
+    with _sole(workdir):
+        tokenizer = prepare(config, workdir)
+        if mode == "both":  # A name that is wrong should not come out after training.
+            data.open_sources(config.data, config.data.eval_splits)
         summary = train(config, tokenizer, workdir, begun)
-    if mode != "train":
-        summary |= evaluate_run(config, tokenizer, workdir)
+        if mode == "both":
+            summary |= evaluate_run(config, tokenizer, workdir)
     return {**summary, "workdir": workdir}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a UserError where a number of the config is out of its bounds, or a name unknown."""
+    for name, least in LEAST.items():
+        value = functools.reduce(lambda part, field: part[field], name.split("."), config)
+        if value < least:
+            raise UserError(f"config.{name}={value}: it must be {least} or more")
+    if not 0 <= config.eval.threshold <= 1:
+        raise UserError(f"config.eval.threshold={config.eval.threshold}: it is a probability")
+    if config.eval.protocol not in evaluate.PROTOCOLS:
+        raise UserError(
+            f"config.eval.protocol={config.eval.protocol!r} is not one of "
+            f"{', '.join(evaluate.PROTOCOLS)}"
+        )
+
+
+@contextlib.contextmanager
+def _sole(workdir: str) -> Iterator[None]:
+    """Makes the folder `workdir`, and keeps another run out of it where that can be done."""
+    if "://" in workdir or jax.process_index() > 0:
+        yield
+        return
+    try:
+        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+    with locked(workdir, "run"):
+        yield
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
@@ -68,9 +122,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
                 "give another --workdir, or the same config to resume"
             )
     elif jax.process_index() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(tokenizer_path)
-        checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(tokenizer_path)
+            checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir={workdir}: {error}") from error
     return tokenizer
 
 
@@ -118,7 +175,8 @@ def evaluate_run(
 
     Returns what the summary says of it: {split}/mIoU and {split}/oIoU of each split,
     {select_split}/mIoU_shuffled (the control: the same model, each image given another one's
-    expression), report. Where expressions may fit nothing it is gIoU, cIoU, N-acc and T-acc.
+    expression; left out where one ref has more than half of them), report. Where expressions may
+    fit nothing it is gIoU, cIoU, N-acc and T-acc.
 
     Raises:
       UserError: there is no checkpoint, it does not fit, or a split is missing.
@@ -127,24 +185,30 @@ def evaluate_run(
     _, model, variables = load_run(workdir, replicated(mesh))
     predict_fn = make_predict_step(model, batch_sharding(mesh))
 
+    select = config.data.select_split
+    sources = data.open_sources(config.data, (select, *config.data.eval_splits))
+
     def sweep(split, **kwargs):
         return evaluate.evaluate(
             predict_fn,
             variables,
-            data.open_source(config.data, split),
+            sources[split],
             tokenizer,
             put=lambda batch: to_device(batch, mesh),
             **evaluation_settings(config),
             **kwargs,
         )
 
-    select = config.data.select_split
-    splits = dict.fromkeys((select, *config.data.eval_splits))
-    results = {split: sweep(split, keep_examples=config.eval.examples) for split in splits}
-    shuffled = sweep(select, shuffle_text=True)
+    results = {split: sweep(split, keep_examples=config.eval.examples) for split in sources}
+    everything = dict(results)
+    try:
+        shuffled = everything[f"{select} (shuffled expressions)"] = sweep(select, shuffle_text=True)
+    except CannotShuffle as error:
+        shuffled = None
+        if jax.process_index() == 0:
+            print(f"{select}: no control, {error}", file=sys.stderr)
     report = epath.Path(workdir) / "report.html"
     if jax.process_index() == 0:
-        everything = {**results, f"{select} (shuffled expressions)": shuffled}
         print(evaluate.format_table(everything))
         evaluate.write_json(epath.Path(workdir) / "results.json", everything)
         write_report(
@@ -165,5 +229,6 @@ def evaluate_run(
     summary = {}
     for split, result in results.items():
         summary |= {f"{split}/{name}": round(v, 4) for name, v in result.headline.items()}
-    summary[f"{select}/{shuffled.score_name}_shuffled"] = round(shuffled.score, 4)
+    if shuffled:
+        summary[f"{select}/{shuffled.score_name}_shuffled"] = round(shuffled.score, 4)
     return {**summary, "report": str(report)}

@@ -341,6 +341,8 @@ def train(
             )
         trainer = Trainer(config, tokenizer, checkpoints)
         start = int(trainer.state.step)
+        if config.data.dataset != "shapes":  # Which are what the config says.
+            checkpoint.check_data(workdir, data.identity(trainer.source), resumed=start > 0)
         writer = MetricWriter(workdir, start, trainer.steps, active=jax.process_index() == 0)
         try:
             writer.say(

@@ -95,6 +95,7 @@ def test_which_arrays_fit():
 
     assert fits((8, 676, 512))
     assert not fits((8, 676, 512), dtype=jnp.float32)
+    assert fits((8, 2, 512)) and not fits((8, 1, 512))
     assert not fits((7, 676, 512))  # Two devices.
     assert not fits((8, 676, 512), heads=2)  # A head of 256 channels.
     assert not fits((8, 676, 320), heads=10)  # Two registers and a half.

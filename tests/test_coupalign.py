@@ -308,6 +308,7 @@ def test_variants_have_their_parts_only(variant, present, absent):
     variables = jax.eval_shape(model.init, jax.random.key(0), *arguments)
     flat = traverse_util.flatten_dict(variables["params"])
     paths = {path[0] for path in flat} | {"/".join(path[:2]) for path in flat}
+    assert model.pixels == ("darknet" if variant == "darknet53" else "imagenet")
     assert set(present.split()) <= paths and not set(absent.split()) & paths
     outputs, updated = jax.eval_shape(
         functools.partial(model.apply, train=True, mutable=["batch_stats"]), variables, *arguments

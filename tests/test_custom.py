@@ -106,6 +106,29 @@ def test_without_a_coco_file_the_pictures_tell_their_size(photos):
     np.testing.assert_array_equal(source.mask(source[0]), box(3, 4, 9, 15))
 
 
+def test_one_photo_has_one_name(photos):
+    """Or it would be trained on and tested on."""
+    entries = [
+        {"image": name, "polygon": SQUARE, "sentences": ["x"]}
+        for name in ("a.png", "./a.png", "b.png", "../images/b.png")
+    ]
+    sources = read(photos, entries, instances=False)
+    names = [{source.image_file(source[i]).name for i in range(2)} for source in sources.values()]
+    assert sorted(map(sorted, names)) == [["a.png"], ["b.png"]]
+    assert all(len({source[i].image_id for i in range(2)}) == 1 for source in sources.values())
+
+
+def test_black_of_a_jpeg_is_no_region(photos):
+    region = np.zeros((HEIGHT, WIDTH), bool)
+    region[4:12, 8:24] = True
+    for mode in ("L", "RGB"):
+        mask = Image.fromarray(255 * region.astype(np.uint8)).convert(mode)
+        mask.save(photos / "mask.jpg", quality=75)
+        entry = {"image": "b.png", "mask": "mask.jpg", "sentences": ["drawn"]}
+        (source,) = (s for s in read(photos, [entry]).values() if len(s))
+        np.testing.assert_array_equal(source.mask(source[0]), region)
+
+
 def test_a_turned_photo_is_upright(photos):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -143,6 +166,7 @@ FAULTS = [
     ({"image": "a.png", "ann_id": 5, "sentences": []}, "'sentences' are not a list"),
     ({"image": "a.png", "ann_id": 5, "sentences": ["x", 3]}, "'sentences' are not a list"),
     ({"image": "a.png", "ann_id": 5, "sentences": ["x", "  "]}, "sentence 2 is empty"),
+    ({"image": "a.png", "ann_id": 5, "sentences": ["\u200b\ufeff \u202e"]}, "sentence 1 is empty"),
     ('{"image": "a.png", "ann_id": 5, "sentences": ["\\ud800"]}', "sentence 1 is no valid Unicode"),
     ({"image": "a.png", "ann_id": 5, "sentences": ["x"], "split": 3}, "'split' is not a text"),
     ({"image": "a.png", "ann_id": 7, "sentences": ["x"]}, "annotation 7 is not one of its image"),
@@ -153,6 +177,7 @@ FAULTS = [
     ({"image": "a.png", "polygon": [1, 2], "sentences": ["x"]}, "its polygon encloses nothing"),
     ({"image": "a.png", "polygon": [], "sentences": ["x"]}, "its polygon encloses nothing"),
     ({"image": "a.png", "mask": "none.png", "sentences": ["x"]}, "there is no mask .*none.png"),
+    ({"image": "a.png", "mask": "n" * 300, "sentences": ["x"]}, "there is no mask .*nnn"),
     ({"image": "a.png", "mask": "../x.png", "sentences": ["x"]}, "'../x.png' lies outside"),
     ({"image": "a.png", "mask": "/etc/passwd", "sentences": ["x"]}, "'/etc/passwd' lies outside"),
 ]  # fmt: skip
@@ -178,6 +203,7 @@ def test_lines_that_cannot_be_used_are_named_or_skipped(photos, entry, message):
         ({"mask": "other size.png"}, r"it is \(9, 9\), its image \(20, 30\)"),
         ({"polygon": ["a"] * 6}, "could not convert"),
         ({"polygon": [1e9] * 6}, "outside its image"),
+        ({"polygon": [10**400, 1, 2, 3, 4, 5]}, "OverflowError"),
     ],
 )
 def test_regions_that_cannot_be_drawn_are_named_or_skipped(photos, capsys, region, message):

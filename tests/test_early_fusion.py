@@ -52,6 +52,7 @@ def paths(config) -> set[str]:
         for v in ("", "refcoco", "refcoco+,paper", "refcocog_umd,small", "refcoco,uni")
     ]
     + [("crossvlt", v) for v in ("refcoco,aux", "refcoco,no_align", "refcoco,swin_small")]
+    + [("crossvlt", v) for v in ("refcoco,paper,aux", "refcoco,paper,no_align")]
     + [("lavt", v) for v in ("", "refcoco", "refcoco,small", "refcoco,swin_small")],
 )
 def test_every_recipe_builds_and_its_groups_fit(name, variant):

@@ -178,6 +178,12 @@ def test_whatever_the_library_reads(tmp_path, photos, capsys):  # noqa: F811
                   photos / "instances.json", "--expressions", photos / "said.jsonl")  # fmt: skip
     assert own["splits"]["val"]["without_target"] == 1
     assert list(own["problems"]) == [checks.UNUSABLE, checks.LEAK]
+    options = ("--images", root / "images/mscoco/train2014")
+    options += ("--instances", root / "shapes/instances.json", "--val_share", 0.4)
+    generated, _ = look(tmp_path, capsys, "coco", *options)
+    assert preparing.run("coco", *options, "--out", tmp_path / "generated", "--workers", 1) == 0
+    written = preparing.manifest(tmp_path / "generated")["splits"]
+    assert generated["splits"]["val"]["sentences"] == written["val"]["sentences"] > 0
 
 
 def test_damage_in_prepared_shards_is_listed(tmp_path, capsys):

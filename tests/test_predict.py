@@ -159,7 +159,7 @@ def test_command_line(workdir, photo, tmp_path, capsys):
     assert mask.shape == (32, 50) and overlay.height > 32
 
     arguments[5] = "red " * 9
-    assert predict.main([*arguments, "--json", "--threshold", "2"]) == 0
+    assert predict.main([*arguments, "--json", "--threshold", "1"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert (result["area"], result["box"], result["truncated"]) == (0, None, True)
@@ -179,6 +179,10 @@ def test_command_line_errors_are_one_line(workdir, photo, tmp_path, capsys):
         assert predict.main(["--workdir", workdir, *arguments]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1
+    for option in (["--text", "red \udcff"], ["--text", "red", "--threshold", "7"]):
+        arguments = ["--image", str(tmp_path / "a.png"), *option]
+        assert predict.main(["--workdir", workdir, *arguments]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_probabilities_are_at_the_input_s_size():

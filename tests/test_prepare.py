@@ -253,6 +253,16 @@ def test_damage_is_an_error_or_listed(spoiled, raw, tmp_path, capsys):
     assert prepare_shapes(spoiled, part, "--partial") == 0
     assert preparing.contents(part) == before
 
+    # One of the two pictures is mended: what lies on it is taken now.
+    image = pathlib.Path("images", "mscoco", "train2014", "shapes_1000000.png")
+    shutil.copy(raw / image, spoiled / image)
+    assert prepare_shapes(spoiled, part, "--partial") == 0
+    assert len(preparing.manifest(part)["skipped"]["train"]) == 4
+    source = PreparedSource(part, "train")
+    assert [source[i] for i in range(len(source))] == [
+        expected[i] for i in range(12) if i < 3 or i > 6
+    ]
+
 
 def test_mended_data_goes_on_where_it_failed(spoiled, raw, whole, tmp_path):
     out = tmp_path / "out"

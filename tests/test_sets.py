@@ -7,8 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from refseg_jax.data import open_source, sets
+from refseg_jax.data import open_source, refer, sets
 from refseg_jax.data.records import ImageFile
 from refseg_jax.data.refer import ReferSource
 from refseg_jax.data.shards import PreparedSource
@@ -166,3 +167,71 @@ def test_real_sets_are_merged(test_data, caplog):
     leaky = {"google": {**others, "val": others["train"]}, "unc": others}
     with pytest.raises(UserError, match="nothing is left of google, unc"):
         sets.MergedSource(leaky)
+
+
+def test_two_pictures_of_one_name_are_not_taken_for_one(tmp_path, capsys):
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        images = tmp_path / f"{name} images"
+        images.mkdir()
+        lines = []
+        for file, split in ((f"{name}.png", "train"), ("1.png", "train"), (f"{name} 2.png", "val")):
+            Image.new("RGB", (9, 9), colour).save(images / file)
+            line = {"image": file, "polygon": [0, 0, 5, 0, 5, 5], "split": split}
+            lines.append(json.dumps(line | {"sentences": [f"{name} {file}"]}))
+        said = tmp_path / f"{name}.jsonl"
+        said.write_text("\n".join(lines))
+        options = ("--images", images, "--expressions", said, "--name", name, "--workers", 1)
+        assert preparing.run("coco", *options, "--out", tmp_path / "sets" / name) == 0
+    merge = ("merged", "--root", tmp_path / "sets", "--sets", "red,blue", "--workers", 1)
+    merge += ("--out", tmp_path / "out")
+    assert preparing.run(*merge) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "1 refs cannot be prepared: ref 3 of train: " in message
+    assert "1.png) is another picture than that of ref 1 of train" in message
+    assert preparing.run(*merge, "--partial") == 0
+    source = PreparedSource(tmp_path / "out", "train")
+    colours = {source[i].sentences[0].text: source.image(source[i])[0, 0] for i in range(3)}
+    assert {text: tuple(colour) for text, colour in colours.items()} == {
+        "red red.png": (255, 0, 0), "red 1.png": (255, 0, 0), "blue blue.png": (0, 0, 255),
+    }  # fmt: skip
+
+
+def test_merging_again_sees_what_became_of_the_sets(tmp_path, prepared, capsys):
+    """Of raw annotations, and of sets that were prepared anew."""
+    root, shards = write_sets(tmp_path / "raw"), shutil.copytree(prepared, tmp_path / "shards")
+    for place in (root, shards):
+        merge = ("merged", "--root", place, "--sets", ",".join(SETS), "--workers", 1)
+        merge += ("--out", tmp_path / "out" / place.name)
+        assert preparing.run(*merge) == preparing.run(*merge) == 0
+        if place is root:
+            path = root / "c" / "instances.json"
+            content = json.loads(path.read_text())
+            for annotation in content["annotations"]:
+                annotation["segmentation"] = [[0, 0, 9, 0, 9, 9]]
+            path.write_text(json.dumps(content))
+        else:
+            shutil.rmtree(shards / "c_google")
+            preparing.run(
+                "refer", "--root", root, "--dataset", "c", "--split_by", "google",
+                "--out", shards / "c_google", "--workers", 1,
+            )  # fmt: skip
+        capsys.readouterr()
+        assert preparing.run(*merge) == 2
+        assert "of other annotations or options" in capsys.readouterr().err
+
+
+def test_a_part_of_sets_is_merged_and_said_to_be_one(tmp_path, capsys, monkeypatch):
+    root = write_sets(tmp_path / "raw")
+    path = root / "b" / "refs(unc).json"
+    refs = json.loads(path.read_text())
+    refs[0]["ann_id"] = 1
+    path.write_text(json.dumps(refs))
+    counts = {**refer.KNOWN_COUNTS, ("a", "unc"): {"train": (13, 4, 36)}}
+    monkeypatch.setattr(refer, "KNOWN_COUNTS", counts)
+    merge = ("merged", "--root", root, "--sets", ",".join(SETS), "--workers", 1)
+    assert preparing.run(*merge, "--out", tmp_path / "out") == 2
+    assert "1 of 3 refs of split 'train'" in capsys.readouterr().err
+    assert preparing.run(*merge, "--out", tmp_path / "out", "--partial") == 0
+    assert "a_unc is not what is published: train has 12 of 13 refs" in capsys.readouterr().err
+    skipped = preparing.manifest(tmp_path / "out")["skipped"]
+    assert len(skipped["train"]) == 1 and skipped["train"][0].startswith("b_unc: ref ")

@@ -72,6 +72,21 @@ def test_blank_expression(tokenizer, text):
         tokenizer.tokens(text)
 
 
+def test_a_vocabulary_may_have_line_separators_for_tokens(tmp_path):
+    """As that of bert-base-chinese has: only "\\n" ends an entry."""
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u2028", "\x85", "\x1c", "dog"]
+    for end in ("", "\n"):
+        (tmp_path / "vocab.txt").write_text("\n".join(entries) + end, encoding="utf-8")
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer.vocab_size == len(entries)
+        assert tokenizer.encode("dog", 3)[0].tolist() == [2, 7, 3]
+
+
+def test_what_is_no_unicode_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="no valid Unicode"):
+        tokenizer.encode("red \udcff", 8)
+
+
 def test_words_give_the_same_ids_in_any_order():
     words = ["star", "red", "left"]
     a, b = Tokenizer.from_words(words), Tokenizer.from_words(reversed(words))

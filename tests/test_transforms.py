@@ -13,13 +13,22 @@ ORIENTATION = 0x0112  # the EXIF tag; 6 = turn a quarter clockwise to be upright
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (8, 8), (480, 640), (427, 333)])
-@pytest.mark.parametrize("size", [4, 64, 480])
-def test_resize_mask_is_torch_nearest(shape, size):
+@pytest.mark.parametrize("size", [4, 64, 320, 480])
+def test_resize_mask_is_pillow_nearest(shape, size):
     mask = np.random.default_rng(0).random(shape) < 0.5
     resized = transforms.resize_mask(mask, size)
-    expected = torch.nn.functional.interpolate(torch.tensor(mask)[None, None].double(), size)
+    expected = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST)
     assert resized.dtype == bool and resized.shape == (size, size)
-    np.testing.assert_array_equal(resized, expected[0, 0].numpy().astype(bool))
+    np.testing.assert_array_equal(resized, np.asarray(expected))
+
+
+def test_a_resized_mask_stays_in_place():
+    """Of a half plane each pixel decides for itself: those whose centres are in it."""
+    for side, size in ((640, 480), (333, 480), (500, 64)):
+        edge = 201
+        mask = np.tile(np.arange(side) < edge, (4, 1))
+        centres = (np.arange(size) + 0.5) * side / size
+        np.testing.assert_array_equal(transforms.resize_mask(mask, size)[0], centres < edge)
 
 
 @pytest.mark.parametrize("shape", [(90, 130), (17, 9)])

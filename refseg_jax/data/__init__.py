@@ -1,30 +1,46 @@
 """Datasets, tokenisers and batches."""
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 from refseg_jax.data.records import Source
 from refseg_jax.data.tokenizer import Tokenizer
 
 
-def open_source(config: Any, split: str) -> Source:
-    """One split of the dataset that `config` (`config.data`) names: drawn, raw, prepared or merged.
+def open_sources(config: Any, splits: Iterable[str]) -> dict[str, Source]:
+    """Splits of the dataset that `config` (`config.data`) names: drawn, raw, prepared or merged.
 
     Raises:
       UserError: no such dataset or split, or files that are missing or damaged.
     """
+    splits = list(dict.fromkeys(splits))
     if config.dataset == "shapes":
         from refseg_jax.data.shapes import ShapesSource
 
-        return ShapesSource(
-            split, num_scenes=config.shapes_scenes.get(split), size=config.image_size
-        )
+        scenes, size = config.shapes_scenes, config.image_size
+        return {s: ShapesSource(s, num_scenes=scenes.get(s), size=size) for s in splits}
     from refseg_jax.data import sets
 
     if config.dataset == sets.MERGED:
-        return sets.open_merged(config.root, config.merged, split)
-    return sets.open_set(config.root, sets.set_name(config.dataset, config.split_by), [split])[
-        split
-    ]
+        return {s: sets.open_merged(config.root, config.merged, s) for s in splits}
+    return sets.open_set(config.root, sets.set_name(config.dataset, config.split_by), splits)
+
+
+def open_source(config: Any, split: str) -> Source:
+    """One of `open_sources`."""
+    return open_sources(config, [split])[split]
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What a split is, wherever it lies, raw or prepared: its numbers and a hash of its texts."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        ref = source[i]
+        said = [(sentence.sent_id, sentence.text) for sentence in ref.sentences]
+        digest.update(repr((ref.ref_id, ref.image_id, ref.ann_ids, said)).encode())
+    counts = {"refs": len(source), "sentences": source.num_sentences}
+    return {"dataset": source.name, **counts, "sha256": digest.hexdigest()}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -40,4 +56,4 @@ def load_tokenizer(name: str) -> Tokenizer:
     return Tokenizer.load(name)
 
 
-__all__ = ["Source", "Tokenizer", "load_tokenizer", "open_source"]
+__all__ = ["Source", "Tokenizer", "identity", "load_tokenizer", "open_source", "open_sources"]

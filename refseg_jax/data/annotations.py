@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import pickle
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -129,13 +130,18 @@ def _by_id(records: list[dict], where: str) -> dict[int, dict]:
     return table
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be read: spaces, marks without a letter, control characters."""
+    return all(unicodedata.category(c)[0] in "ZCM" or c == "\ufffd" for c in text)
+
+
 def clean_text(text: str, what: str) -> str:
     """An expression without space around it. UserError: nothing is left, or it is no Unicode."""
     text = text.strip()
-    if not text:
-        raise UserError(f"{what} is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{what} is no valid Unicode ({error.reason})") from None
+    if is_blank(text):
+        raise UserError(f"{what} is empty")
     return text

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from refseg_jax.data import rle, sets
+from refseg_jax.data import annotations, rle, sets
 from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.refer import ReferFiles, ReferSource
 from refseg_jax.data.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def drop_blank(entries: list[dict], text_field: str, split: str, report: Report)
         kept = []
         for said in entry["sentences"]:
             text = said.get(text_field) if isinstance(said, dict) else None
-            if isinstance(text, str) and not text.strip():
+            if isinstance(text, str) and annotations.is_blank(text):
                 report(BLANK, f"{split}: ref {entry['ref_id']}: sentence {said.get('sent_id')}")
             else:
                 kept.append(said)
@@ -170,6 +170,6 @@ def _beyond(part: Any, height: int, width: int) -> float:
     """By how many pixels a polygon [x0, y0, ...] reaches over the edge; 0 for what is none."""
     try:
         points = np.asarray(part, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0  # Drawing it will say what it is.
     return float(np.max([-points, points - (width, height)], initial=0.0))

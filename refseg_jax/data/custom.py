@@ -7,9 +7,9 @@ JSON lines, one object each, that points at a region and says what people call i
 `image` is a file name in the folder of images, or an image's id in a COCO `instances.json`. The
 region is one of `ann_id` (an annotation of that file, or a list of them; [] for expressions that
 fit nothing in the image), `polygon` ([x0, y0, x1, y1, ...] or a list of such, in pixels) or `mask`
-(a picture whose pixels other than 0 are the region, relative to the file of expressions, or a COCO
-run-length code). `split`, `category` and `kinds` (the type of each sentence, such as "place", by
-which scores are listed) may be added.
+(a picture whose pixels other than 0 are the region, best a PNG, relative to the file of
+expressions, or a COCO run-length code). `split`, `category` and `kinds` (the type of each sentence,
+such as "place", by which scores are listed) may be added.
 
 A plain folder holds the same as files:
 
@@ -72,6 +72,9 @@ class CustomSource(RefList):
     def image_bytes(self, ref: Ref) -> bytes:
         """The file's contents. UserError: it is gone."""
         return read_bytes(self._folder / self.image_file(ref).name)
+
+    def image_place(self, ref: Ref) -> str:
+        return str(self._folder / self.image_file(ref).name)
 
     def mask(self, ref: Ref) -> np.ndarray:
         """bool [H, W]. UserError: it cannot be decoded, has another size, or no pixel."""
@@ -257,9 +260,8 @@ class _Reader:
             _inside(self._images, image.name, "image")
         else:
             path = _inside(self._images, entry["image"], "image")
-            image = ImageFile(
-                entry["image"], *_size(region if isinstance(region, pathlib.Path) else path)
-            )
+            size = _size(region if isinstance(region, pathlib.Path) else path)
+            image = ImageFile(self._name(entry["image"]), *size)
         try:
             rle.check_size(image.height, image.width)
         except ValueError as error:
@@ -284,7 +286,7 @@ class _Reader:
         if self._coco is None:
             if not isinstance(image, str):
                 raise UserError(f"its image {image!r:.80} is no file name (ids need --instances)")
-            digest = hashlib.sha256(image.encode("utf-8", "replace")).digest()
+            digest = hashlib.sha256(self._name(image).encode("utf-8", "replace")).digest()
             return int.from_bytes(digest[:6], "big"), None
         if isinstance(image, str):
             record = self._by_name.get(image)
@@ -293,6 +295,10 @@ class _Reader:
         if record is None:
             raise UserError(f"its image {image!r:.80} is not in the instances file")
         return record["id"], record
+
+    def _name(self, image: str) -> str:
+        """The one name of an image's file, which may be written in several ways."""
+        return os.path.relpath(self._images / image, self._images)
 
     def _annotations(self, ids: tuple, image_id: int) -> tuple[list, str]:
         """Parts of all these annotations, and the category that they share, or ""."""
@@ -334,7 +340,11 @@ def _inside(folder: pathlib.Path, name: str, what: str) -> pathlib.Path:
         os.path.normpath(folder)
     ):
         raise UserError(f"its {what} {name!r:.80} lies outside {folder}")
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # Its name is too long for one.
+        there = False
+    if not there:
         raise UserError(f"there is no {what} {path}")
     return path
 
@@ -367,11 +377,13 @@ def _size(path: pathlib.Path) -> tuple[int, int]:
 
 
 def _read_mask(path: pathlib.Path) -> np.ndarray:
-    """bool [H, W]: the pixels that are not 0; of colours, those with any."""
+    """bool [H, W]: the pixels that are not 0, of a JPEG those from 128; of colours, any such."""
     try:
         with Image.open(path) as file:
             # A palette's entries are labels, whatever their colour.
             pixels = np.asarray(file)
+            if file.format in ("JPEG", "MPO"):  # Compressed with loss: its black is not quite 0.
+                pixels = pixels >= 128
     except Exception as error:  # Pillow's decoders raise almost anything.
         raise UserError(f"cannot read {path} as a mask ({error})") from error
     if pixels.ndim == 3 and pixels.shape[2] in (2, 4):  # Opacity says nothing about the region.

@@ -1,6 +1,7 @@
 """Files: read with a clear error, written whole or not at all, and their checksums."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +38,25 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Keeps out whoever else locks `folder`; the lock goes when the process goes, however it ends.
+
+    On a file system without locks nobody is kept out. UserError: it is locked, by another `what`.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another {what} is writing to {folder}: wait for it") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

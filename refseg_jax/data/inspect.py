@@ -4,6 +4,7 @@ python -m refseg_jax.data.inspect refer --root /data/refer --dataset refcoco --s
 python -m refseg_jax.data.inspect merged --root /data/refer [--sets refcoco_unc,photos]
 python -m refseg_jax.data.inspect tfds --root tensorflow_datasets/ref_coco/refcoco_unc/1.1.0
 python -m refseg_jax.data.inspect coco --images I --expressions E.jsonl [--instances J]
+python -m refseg_jax.data.inspect coco --images I --instances J
 python -m refseg_jax.data.inspect folder --root MY_PHOTOS
 python -m refseg_jax.data.inspect prepared --root /data/shards/refcoco_unc
 python -m refseg_jax.data.inspect shapes [--scenes 100]
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from refseg_jax import page, pictures
 from refseg_jax.data import annotations, checks, custom, load_tokenizer, sets, shapes
 from refseg_jax.data.checks import Report
-from refseg_jax.data.prepare import MERGED_SETS
+from refseg_jax.data.prepare import MERGED_SETS, coco_sources, share
 from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.refer import ReferFiles, ReferSource
 from refseg_jax.errors import UserError
@@ -67,7 +68,7 @@ def open_refer(args: argparse.Namespace, report: Report) -> dict[str, Source]:
 
 def open_merged(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """The merged training set of several sets, and the other splits of each of them."""
-    each = {name: sets.open_set(args.root, name) for name in args.sets}
+    each = {name: sets.open_set(args.root, name, partial=True) for name in args.sets}
     sources: dict[str, Source] = {sets.TRAIN: sets.MergedSource(each)}
     for name, splits in each.items():
         sources |= {f"{name}/{s}": source for s, source in splits.items() if s != sets.TRAIN}
@@ -82,9 +83,8 @@ def open_tfds(args: argparse.Namespace, report: Report) -> dict[str, Source]:
 
 
 def open_coco(args: argparse.Namespace, report: Report) -> dict[str, Source]:
-    """Someone's own photos with a JSON-lines file of expressions."""
-    files = args.expressions, args.images, args.instances
-    return custom.read_lines(*files, name=args.name, val_share=args.val_share, partial=True)
+    """Someone's own photos with a JSON-lines file of expressions, or with generated ones."""
+    return coco_sources(args, partial=True)
 
 
 def open_folder(args: argparse.Namespace, report: Report) -> dict[str, Source]:
@@ -279,13 +279,18 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         sub = kind(name, function)
         if name == "coco":
             sub.add_argument("--images", required=True, help="folder with the images")
-            sub.add_argument("--expressions", required=True, help="JSON lines, see docs/data.md")
+            sub.add_argument(
+                "--expressions", help="JSON lines, see docs/data.md (default: generated ones)"
+            )
             sub.add_argument("--instances", help="COCO file that ann_id refers to")
         else:
             sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
         sub.add_argument("--name", default="custom", help="what to call the dataset")
-        sub.add_argument("--val_share", type=float, default=custom.VAL_SHARE)
-    return parser.parse_args(argv)
+        sub.add_argument("--val_share", type=share, default=custom.VAL_SHARE)
+    args = parser.parse_args(argv)
+    if args.samples < 0:
+        parser.error(f"--samples={args.samples} is negative")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

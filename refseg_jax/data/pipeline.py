@@ -32,6 +32,10 @@ Batch = dict[str, np.ndarray]
 SAMPLINGS = ("sentence", "ref")
 
 
+class CannotShuffle(UserError):
+    """No sentence can be given to another ref than its own: there are too few."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """What training and evaluation share: which rows are this process's, and loading them.
@@ -87,12 +91,15 @@ class _Batches:
         for row in np.flatnonzero(batch["valid"]):
             ref = self.source[self.source.locate(sentences[row])[0]]
             text_ref, which = self.source.locate(texts[row])
-            text = self.source[text_ref].sentences[which].text
+            said = self.source[text_ref].sentences[which]
             batch["image"][row] = self._picture(ref)
             batch["mask"][row] = resize_mask(self.source.mask(ref), size)
-            batch["tokens"][row], batch["token_mask"][row], _ = _encode(
-                self.tokenizer, text, self.max_tokens
-            )
+            try:
+                encoded = _encode(self.tokenizer, said.text, self.max_tokens)
+            except UserError as error:
+                where = f"{self.source.name} {self.source.split}, sentence {said.sent_id}"
+                raise UserError(f"{where}, {said.text!r}: {error}") from error
+            batch["tokens"][row], batch["token_mask"][row], _ = encoded
         return batch
 
 
@@ -234,7 +241,7 @@ def _other_refs_sentences(refs: np.ndarray, seed: int) -> np.ndarray:
     is turned by half its length: no ref reaches that far unless it has more than half of them.
     """
     if 2 * np.bincount(refs).max() > len(refs):
-        raise UserError(
+        raise CannotShuffle(
             "expressions cannot be shuffled among refs: one ref has more than half of them"
         )
     order = np.argsort(np.random.default_rng(seed).permutation(refs[-1] + 1)[refs], kind="stable")

@@ -78,22 +78,28 @@ def open_tfds(args: argparse.Namespace) -> Plan:
     return _plan(args, dataset, split_by, sources, about)
 
 
+def coco_sources(args: argparse.Namespace, partial: bool) -> dict[str, custom.CustomSource]:
+    """The splits of someone's own photos, by `args` as `open_coco` takes them.
+
+    Raises:
+      UserError: what is needed is not given, or see `custom.read_lines`.
+    """
+    if args.expressions:
+        return custom.read_lines(
+            args.expressions, args.images, args.instances,
+            name=args.name, val_share=args.val_share, partial=partial,
+        )  # fmt: skip
+    if not args.instances:
+        raise UserError("give --expressions, or --instances to have some generated")
+    generator = expressions.Generator(args.instances)
+    lines = generator.entries(args.val_share)
+    _say(f"expressions generated: {json.dumps(generator.report())}")
+    return custom.read_entries(lines, args.images, args.instances, name=args.name, partial=partial)
+
+
 def open_coco(args: argparse.Namespace) -> Plan:
     """Someone's own photos with a JSON-lines file of expressions, or with generated ones."""
-    if args.expressions:
-        sources = custom.read_lines(
-            args.expressions, args.images, args.instances,
-            name=args.name, val_share=args.val_share, partial=args.partial,
-        )  # fmt: skip
-    elif args.instances:
-        generator = expressions.Generator(args.instances)
-        lines = generator.entries(args.val_share)
-        _say(f"expressions generated: {json.dumps(generator.report())}")
-        sources = custom.read_entries(
-            lines, args.images, args.instances, name=args.name, partial=args.partial
-        )
-    else:
-        raise UserError("give --expressions, or --instances to have some generated")
+    sources = coco_sources(args, args.partial)
     files = [pathlib.Path(path) for path in (args.expressions, args.instances) if path]
     about = {
         "source": {
@@ -121,9 +127,13 @@ def open_folder(args: argparse.Namespace) -> Plan:
 
 def open_merged(args: argparse.Namespace) -> Plan:
     """The merged training set of several sets, and the other splits of each of them."""
-    each = {name: sets.open_set(args.root, name) for name in args.sets}
+    each = {name: sets.open_set(args.root, name, partial=args.partial) for name in args.sets}
     merged = sets.MergedSource(each)
     _say(merged.report())
+    for name, splits in each.items():
+        for source in splits.values():
+            if lines := refer.count_differences(source, name.rpartition("_")[2]):
+                _say(f"{name} is not what is published: {source.split} has {', '.join(lines)}")
     sources: dict[str, FileSource] = {sets.TRAIN: merged}
     for name, splits in each.items():
         others = {s: source for s, source in splits.items() if s != sets.TRAIN}
@@ -133,7 +143,12 @@ def open_merged(args: argparse.Namespace) -> Plan:
         for name, lost in merged.dropped.items()
     }
     about = {
-        "source": {"kind": "merged", "sets": list(args.sets), "dropped": dropped},
+        "source": {
+            "kind": "merged",
+            "sets": list(args.sets),
+            "dropped": dropped,
+            "files": {name: splits[sets.TRAIN].fingerprint() for name, splits in each.items()},
+        },
         "licence": args.licence or f"{_COCO_LICENCE}; of other sets: their own",
     }
     return _plan(args, sets.MERGED, "", sources, about)
@@ -214,7 +229,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     if not 0 < (share := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return share
@@ -268,7 +283,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
             sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
         sub.add_argument("--name", default="custom", help="what to call the dataset")
         sub.add_argument(
-            "--val_share", type=_share, default=custom.VAL_SHARE,
+            "--val_share", type=share, default=custom.VAL_SHARE,
             help="of the images, where no split is named",
         )  # fmt: skip
     return parser.parse_args(argv)

@@ -76,6 +76,9 @@ class FileSource(Source, Protocol):
     def image_bytes(self, ref: Ref) -> bytes:
         """The encoded picture."""
 
+    def image_place(self, ref: Ref) -> str:
+        """Where the picture is stored: refs of one place share it."""
+
 
 class RefList:
     """The part of `Source` that sources share which hold their refs in memory.

@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 from refseg_jax.data import annotations, rle
-from refseg_jax.data.files import read_bytes
+from refseg_jax.data.files import read_bytes, sha256
 from refseg_jax.data.records import ImageFile, Ref, RefList, Sentence, Source
 from refseg_jax.data.transforms import read_image
 from refseg_jax.errors import UserError
@@ -96,6 +96,8 @@ class ReferFiles:
         for entry in annotations.read_records(self.refs_path, _REF_FIELDS):
             self._entries[entry["split"]].append(entry)
         self.splits = tuple(self._entries)
+        if not self.splits:
+            raise UserError(f"{self.refs_path} has no refs at all: fetch it again")
         self.tables = annotations.instance_tables(instances_path)
         self.image_names = _files_below(self.image_folder)
 
@@ -104,9 +106,7 @@ class ReferFiles:
         if split not in self.splits:
             sizes = ((name, len(entries)) for name, entries in sorted(self._entries.items()))
             have = ", ".join(f"{name} ({count} refs)" for name, count in sizes)
-            raise UserError(
-                f"{self.refs_path} has no split {split!r}, it has: {have or 'no refs at all'}"
-            )
+            raise UserError(f"{self.refs_path} has no split {split!r}, it has: {have}")
         return self._entries[split]
 
 
@@ -149,7 +149,7 @@ class ReferSource(RefList):
     ):
         files = files or ReferFiles(root, dataset, split_by)
         self._compat_sum_polygons = compat_sum_polygons
-        self._image_folder = files.image_folder
+        self._image_folder, self._annotation_files = files.image_folder, files.annotation_files
         self._images: dict[int, ImageFile] = {}
         self._parts: dict[int, list] = {}
         refs, faults = [], []
@@ -189,6 +189,13 @@ class ReferSource(RefList):
     def image_bytes(self, ref: Ref) -> bytes:
         """The file's contents. UserError: it is gone."""
         return read_bytes(self._image_folder / self._images[ref.image_id].name)
+
+    def image_place(self, ref: Ref) -> str:
+        return str(self._image_folder / self._images[ref.image_id].name)
+
+    def fingerprint(self) -> str:
+        """Changes when an annotation file does."""
+        return " ".join(map(sha256, self._annotation_files))
 
     def mask(self, ref: Ref) -> np.ndarray:
         """bool [H, W]. UserError: the segmentation cannot be decoded to the image's size."""

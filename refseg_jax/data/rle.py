@@ -40,7 +40,7 @@ def decode_parts(parts: list[list | dict], height: int, width: int) -> np.ndarra
         for mask, part in zip(masks, parts, strict=True):
             runs = _run_lengths(part, height, width)
             mask.ravel()[:] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return masks.transpose(2, 1, 0)
 

@@ -30,8 +30,10 @@ def set_name(dataset: str, split_by: str) -> str:
     return f"{dataset}_{split_by}" if split_by else dataset
 
 
-def open_set(root: str, name: str, splits: Sequence[str] | None = None) -> dict[str, FileSource]:
-    """The named splits of a set, or all that it has.
+def open_set(
+    root: str, name: str, splits: Sequence[str] | None = None, partial: bool = False
+) -> dict[str, FileSource]:
+    """The named splits of a set, or all that it has; `partial`: without what cannot be used.
 
     Raises:
       UserError: there is no such set or split, or its files are missing or damaged.
@@ -53,7 +55,7 @@ def open_set(root: str, name: str, splits: Sequence[str] | None = None) -> dict[
         )
     files = ReferFiles(root, dataset, split_by)
     return {
-        split: ReferSource(root, dataset, split_by, split, files=files)
+        split: ReferSource(root, dataset, split_by, split, partial=partial, files=files)
         for split in splits or files.splits
     }
 
@@ -116,10 +118,12 @@ class MergedSource(RefList):
             for i in range(len(source))
         }
         refs: list[Ref] = []
+        faults: list[str] = []
         self._origins: list[tuple[FileSource, Ref]] = []
         self.dropped: dict[str, tuple[int, int, int]] = {}
         for name, splits in sets.items():
             source, lost = splits[TRAIN], collections.Counter()
+            faults += (f"{name}: {fault}" for fault in getattr(source, "faults", ()))
             for ref in (source[i] for i in range(len(source))):
                 key = image_key(source.image_file(ref))
                 if key in held_out:
@@ -132,7 +136,7 @@ class MergedSource(RefList):
             self.dropped[name] = (len(lost), count, sum(lost.values()))
         if not refs:
             raise UserError(f"nothing is left of {', '.join(sets)}: every image is held out")
-        super().__init__(MERGED, TRAIN, refs)
+        super().__init__(MERGED, TRAIN, refs, faults)
         logging.warning("merged training set: %s", self.report())
 
     def report(self) -> str:
@@ -156,6 +160,10 @@ class MergedSource(RefList):
         """The encoded picture."""
         source, original = self._origins[ref.ref_id]
         return source.image_bytes(original)
+
+    def image_place(self, ref: Ref) -> str:
+        source, original = self._origins[ref.ref_id]
+        return source.image_place(original)
 
     def mask(self, ref: Ref) -> np.ndarray:
         """bool [H, W]."""

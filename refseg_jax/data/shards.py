@@ -17,6 +17,7 @@ of the ref in the image's record], ...] in the order of the dataset.
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
 
 from refseg_jax.data import rle
 from refseg_jax.data.records import ImageFile, Ref, RefList, Sentence
@@ -121,6 +123,16 @@ class PreparedSource(RefList):
     def image_bytes(self, ref: Ref) -> bytes:
         """The encoded picture. UserError: the shard is gone or damaged."""
         return self._record(ref)["image"]
+
+    def image_place(self, ref: Ref) -> str:
+        return self._where(ref)
+
+    def fingerprint(self) -> str:
+        """Changes when anything prepared does. UserError: the manifest is gone."""
+        try:
+            return hashlib.sha256(epath.Path(self._root, MANIFEST).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"cannot read {self._root}/{MANIFEST}: fetch it again") from error
 
     def mask(self, ref: Ref) -> np.ndarray:
         """bool [H, W]. UserError: the shard is gone or damaged."""

@@ -85,6 +85,9 @@ class TfdsSource(RefList):
         """The encoded picture."""
         return _picture(_features(self._places[ref.image_id]))
 
+    def image_place(self, ref: Ref) -> str:
+        return str(self._places[ref.image_id])
+
     def mask(self, ref: Ref) -> np.ndarray:
         """bool [H, W]. UserError: it cannot be decoded."""
         masks = _features(self._places[ref.image_id])["objects/mask"].bytes_list.value

@@ -48,7 +48,10 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def _encode(self, text: str) -> tokenizers.Encoding:
-        encoding = self._backend.encode(text)
+        try:
+            encoding = self._backend.encode(text)
+        except TypeError:  # The library takes what UTF-8 can spell.
+            raise UserError(f"the expression {text!r} is no valid Unicode") from None
         if all(encoding.special_tokens_mask):
             raise UserError("empty expression: give at least one word to look for")
         return encoding
@@ -140,7 +143,9 @@ def _bert(vocabulary: list[str]) -> tokenizers.Tokenizer:
 def _from_file(path: pathlib.Path) -> tokenizers.Tokenizer:
     """The tokenizer of a file, by its name; whatever is raised, it is none."""
     if path.name == "vocab.txt":
-        return _bert(path.read_text(encoding="utf-8").splitlines())
+        # Not `splitlines`: vocabularies have other line separators as tokens.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return _bert(lines)
     if path.name == "vocab.json":
         merges = _pairs(path.with_name("merges.txt").read_text(encoding="utf-8"))
         return _clip(json.loads(path.read_text(encoding="utf-8")), merges)

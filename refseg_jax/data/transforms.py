@@ -15,6 +15,7 @@ from refseg_jax.errors import UserError
 PIXELS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "darknet": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
 
@@ -108,11 +109,13 @@ def _resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """bool [H, W] -> bool [size, size]: output pixel i takes input pixel floor(i * H / size)."""
-    height, width = mask.shape
-    steps = np.arange(size)
-    # Columns first: masks come from run-length codes, which go down them.
-    return mask.T[steps * width // size].T[steps * height // size]
+    """bool [H, W] -> bool [size, size]: a pixel takes the one in which its centre lies.
+
+    As `resize_image` and `resize_map` have it, so that image and mask stay in place.
+    """
+    # Turned: masks come from run-length codes, which go down the columns.
+    turned = Image.fromarray(mask.T.view(np.uint8))
+    return np.asarray(turned.resize((size, size), Image.Resampling.NEAREST)).T.view(bool)
 
 
 def resize_map(values: np.ndarray, height: int, width: int) -> np.ndarray:

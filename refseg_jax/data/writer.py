@@ -6,9 +6,7 @@ goes on with the shards that are missing, and what comes out does not depend on 
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import multiprocessing
@@ -24,7 +22,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from refseg_jax.data import rle
-from refseg_jax.data.files import checksum, read_json, replacing, sha256, write_json
+from refseg_jax.data.files import checksum, locked, read_json, replacing, sha256, write_json
 from refseg_jax.data.records import FileSource, ImageFile, RefList
 from refseg_jax.data.refer import count_differences
 from refseg_jax.data.shards import (
@@ -111,7 +109,7 @@ def write(plan: Plan, out: str | os.PathLike[str], workers: int = 1) -> dict[str
     out = pathlib.Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out, "preparation"):
             states = _adopt(plan, out)
             states = list(_shards(plan, out, states, workers))
             _refuse_faults(plan, states)
@@ -123,19 +121,6 @@ def write(plan: Plan, out: str | os.PathLike[str], workers: int = 1) -> dict[str
             "a worker process died, perhaps of too little memory: run the same command again to "
             "go on from here, with fewer --workers"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second preparation out; the lock goes when the process goes, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another preparation is writing to {folder}: wait for it") from None
-    finally:
-        os.close(handle)
 
 
 def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
@@ -219,9 +204,9 @@ def _make_shard(plan: Plan, out: pathlib.Path, k: int, state: ShardState | None)
     path = out / plan.file(k)
     if (
         state
-        and (plan.partial or not state["left_out"])
         and path.exists()
         and sha256(path) == state["sha256"]
+        and (not state["left_out"] or plan.partial and _faults_of(plan, state) == state["left_out"])
     ):
         return state
     left_out: list[list] = []
@@ -247,6 +232,13 @@ def _make_shard(plan: Plan, out: pathlib.Path, k: int, state: ShardState | None)
     return state
 
 
+def _faults_of(plan: Plan, state: ShardState) -> list[list]:
+    """What is left out of a shard today, if nothing but what was may be: it may be mended."""
+    refs = ((plan.sources[split], i) for split, i, _ in state["left_out"])
+    images = dict.fromkeys(source.image_file(source[i]) for source, i in refs)
+    return [fault for image in images for fault in _record(plan, image)[1]]
+
+
 def _write_records(path: pathlib.Path, records: Iterable[bytes]) -> None:
     try:
         writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
@@ -270,10 +262,20 @@ def _record(plan: Plan, image: ImageFile) -> tuple[bytes | None, list[list]]:
     except UserError as error:
         return None, [[split, i, str(error)] for split, i in places]
     entries, faults = [], []
+    # Sets that are merged may have a photograph in common, or only its name.
+    same = {source.image_place(source[first]): True}
     for split, i in places:
         source = plan.sources[split]
         ref = source[i]
         try:
+            place = source.image_place(ref)
+            if place not in same:
+                same[place] = source.image_bytes(ref) == picture
+            if not same[place]:
+                raise UserError(
+                    f"{place} is another picture than that of {_named(plan, *places[0])}, of the "
+                    "same name and size: rename one, where its set is prepared from"
+                )
             mask = source.mask(ref)
             if mask.shape != size:
                 raise UserError(f"mask and image {image.name} differ in size")
@@ -298,7 +300,11 @@ def _refuse_faults(plan: Plan, states: list[ShardState]) -> None:
 
 
 def _fault(plan: Plan, split: str, i: int, why: str) -> str:
-    return f"ref {plan.sources[split][i].ref_id} of {split}: {why}"
+    return f"{_named(plan, split, i)}: {why}"
+
+
+def _named(plan: Plan, split: str, i: int) -> str:
+    return f"ref {plan.sources[split][i].ref_id} of {split}"
 
 
 def _finish(plan: Plan, out: pathlib.Path, states: list[ShardState]) -> dict[str, Any]:

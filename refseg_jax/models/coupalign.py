@@ -288,6 +288,11 @@ class CoupAlign(nn.Module):
     Config: ClassVar = CoupAlignConfig
     has_details: ClassVar[bool] = True  # The report shows them, see refseg_jax/details.py.
 
+    @property
+    def pixels(self) -> str:
+        """How images are normalised, see data/transforms.py."""
+        return "darknet" if self.config.backbone == "darknet" else "imagenet"
+
     def setup(self):
         cfg = self.config
         # Under its own name, so that pretrained weights are found.

@@ -63,6 +63,11 @@ def convert_darknet(path: str | pathlib.Path, variables: Mapping) -> Conversion:
             array, numbers = np.split(numbers, [np.prod(shape)])
             if leaf[-1] == "kernel":  # Theirs is [out, in, h, w].
                 array = array.reshape(*shape[:1:-1], *shape[:2]).transpose(2, 3, 1, 0)
+            if not np.isfinite(array).all():
+                raise UserError(
+                    f"{path} has a number that is not finite in {'/'.join(module)}: download it "
+                    "again"
+                )
             if leaf[-1] == "var" and not (array >= 0).all():
                 raise UserError(
                     f"{path} has no variance where {'/'.join(module)} needs one: it is not a "

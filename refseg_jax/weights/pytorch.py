@@ -97,11 +97,22 @@ class _Scripted(dict):
         self.update(state)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds plain values, `_Tensor`s and stand-ins; `storages` are those it came by."""
+class _Unpickler(pickle._Unpickler):
+    """Builds plain values, `_Tensor`s and stand-ins; `storages` are those it came by.
+
+    It is the one in Python: the one in C takes as much memory as a damaged number says.
+    """
 
     def __init__(self, file: BinaryIO, path: pathlib.Path):
         super().__init__(file, encoding="utf-8")
+
+        def line() -> bytes:
+            text = file.readline()
+            if not text.endswith(b"\n"):
+                raise EOFError("it ends within a line")
+            return text
+
+        self._file_readline = line
         self.path = path
         self.storages: dict[str, _Storage] = {}
 

@@ -230,6 +230,11 @@ def test_other_backbones(tmp_path):
     loaded, line = load_initial(config, shapes_of(config))
     expected = darknet_from_file(config.init.darknet, models.build(config.model).config.darknet)
     equal(loaded, {kind: {"darknet": tree} for kind, tree in expected.items()})
+
+    numbers[3] = np.inf
+    (tmp_path / "darknet.weights").write_bytes(header + numbers.tobytes())
+    with pytest.raises(UserError, match="not finite in stem_0"):
+        darknet_from_file(config.init.darknet, models.build(config.model).config.darknet)
     assert "further numbers left" in line
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -295,6 +296,16 @@ def rewritten(path: pathlib.Path, content: bytes) -> pathlib.Path:
 def scripted(*state: bytes) -> bytes:
     """A pickle of one object of a class __torch__.M with a state of these opcodes."""
     return b"\x80\x02c__torch__\nM\nq\x00)\x81q\x01" + b"".join(state) + b"b."
+
+
+def test_a_number_in_a_pickle_takes_no_memory(tmp_path):
+    """The unpickler in C makes room for so many values as the largest number of one says."""
+    (tmp_path / "model.pth").write_bytes(b"\x80\x02Nr" + (30_000_000).to_bytes(4, "little") + b".")
+    tracemalloc.start()
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pytorch(tmp_path / "model.pth")
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_hostile_torchscript(tmp_path):

@@ -74,7 +74,7 @@ def fits_kernel(q: jax.Array, heads: int) -> bool:
     """
     B, N, C = q.shape
     return (
-        (q.dtype == jnp.bfloat16 and N <= MOST_KEYS)
+        (q.dtype == jnp.bfloat16 and 1 < N <= MOST_KEYS)
         and (C % LANES == 0 and LANES % (C // heads) == 0)
         and divides_samples(B)
     )

@@ -1,0 +1,120 @@
+"""What surrounds training: bounds of the config, the run's directory, and its data."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+from refseg_jax import checkpoint, data, details, run
+from refseg_jax.data.files import locked
+from refseg_jax.data.shapes import ShapesSource
+from refseg_jax.errors import UserError
+from tests import preparing, tiny
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("train__batch_size", 0, "batch_size=0: it must be 1 or more"),
+        ("train__accumulate", 0, "accumulate=0"),
+        ("train__eval_every", 0, "eval_every=0"),
+        ("train__log_every", -1, "log_every=-1"),
+        ("train__checkpoint_every", 0, "checkpoint_every=0"),
+        ("eval__batch_size", 0, "config.eval.batch_size=0"),
+        ("data__max_tokens", 2, "max_tokens=2: it must be 3 or more"),
+        ("data__threads", -1, "threads=-1"),
+        ("seed", -1, "config.seed=-1"),
+        ("eval__threshold", 35.0, "threshold=35.0: it is a probability"),
+        ("eval__threshold", float("nan"), "threshold=nan"),
+        ("eval__protocol", "orignal", "'orignal' is not one of original, input"),
+        ("data__eval_splits", ("val", "tesA"), "tesA"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(tmp_path, monkeypatch, field, value, message):
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(UserError, match=message):
+        run.run(tiny.config(**{field: value}), str(tmp_path / "run"), "both")
+
+
+def test_a_second_run_is_kept_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "train", lambda *_: {"steps": 6})
+    workdir = str(tmp_path / "run")
+    assert run.run(tiny.config(), workdir, "train")["steps"] == 6
+    held = "from refseg_jax.data.files import locked\nimport sys\n"
+    held += "with locked(sys.argv[1], 'run'): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, workdir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"another run is writing to {workdir}"):
+            run.run(tiny.config(seed=1), workdir, "train")
+        other.kill()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+    assert run.run(tiny.config(), workdir, "train")["steps"] == 6
+    with locked(workdir, "run"):
+        pass  # It is given back.
+
+
+def test_a_workdir_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"cannot write to --workdir={workdir}"):
+            run.run(tiny.config(), str(workdir), "train")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left\nmore")
+
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(UserError, match="checkpoints/best: RESOURCE_EXHAUSTED: no space left"):
+            checkpoints.save_best(1, {"x": jnp.zeros(1)}, 0.5)
+
+
+def test_other_data_is_not_taken_for_the_runs_own(tmp_path):
+    raw = preparing.write_shapes(tmp_path / "raw")
+    out = tmp_path / "out"
+    assert preparing.run("refer", "--root", raw, "--dataset", "shapes", "--out", out) == 0
+    config = tiny.config().data
+    config.update(dataset="prepared", split_by="", root=str(out))
+    found = data.identity(data.open_source(config, "train"))
+    config.update(dataset="shapes", split_by="unc", root=str(raw))
+    assert found == data.identity(preparing.refer_sources(raw, "shapes")["train"])
+    assert (found["refs"], found["sentences"]) == (12, 36)
+
+    workdir = str(tmp_path)
+    checkpoint.check_data(workdir, found, resumed=True)  # As a run of an older version.
+    checkpoint.check_data(workdir, found, resumed=True)
+    other = data.identity(preparing.refer_sources(raw, "shapes")["val"])
+    with pytest.raises(UserError, match="36 sentences of 12 refs; now shapes, 18 sentences of 6"):
+        checkpoint.check_data(workdir, other, resumed=True)
+    checkpoint.check_data(workdir, other, resumed=False)
+    checkpoint.check_data(workdir, other, resumed=True)
+
+
+def test_without_a_control_the_scores_are_there(tmp_path, monkeypatch, capsys):
+    """A validation split of one ref has no other whose expressions it could be given."""
+
+    class OneRef(ShapesSource):
+        def __len__(self):
+            return 1
+
+        num_sentences = 3
+
+    config = tiny.config(data__eval_splits=("val",))
+    source = OneRef("val", num_scenes=1, size=64)
+    monkeypatch.setattr(data, "open_sources", lambda *_: {"val": source})
+    monkeypatch.setattr(run, "load_run", lambda *_: (config, None, {}))
+    everywhere = jnp.ones((config.eval.batch_size, 64, 64))
+    monkeypatch.setattr(run, "make_predict_step", lambda *_: lambda *_: everywhere)
+    monkeypatch.setattr(details, "explain", lambda *_: ())
+    summary = run.evaluate_run(config, data.load_tokenizer("shapes"), str(tmp_path))
+    assert summary["val/mIoU"] > 0 and not any("shuffled" in name for name in summary)
+    assert (tmp_path / "report.html").exists()
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(results) == ["val"]
+    assert "val: no control, expressions cannot be shuffled" in capsys.readouterr().err
