@@ -33,6 +33,11 @@ if [[ $dry_run ]]; then
   exit
 fi
 
+# Two runs would share the port, and each other's processes.
+if (: <>"/dev/tcp/localhost/$port") 2>/dev/null; then
+  fail "port $port is in use: give another --port"
+fi
+
 pids=() stopped='' status=0 deadline=''
 
 send() {

@@ -75,6 +75,8 @@ class Checkpoints:
             return False
         # A run resumed from before its best may come by the same step with a better score.
         args, metrics = ocp.args.StandardSave(variables), {"score": score}
+        with _saving(self.last):
+            self.last.wait_until_finished()  # The processes meet for one at a time.
         with _saving(self.best):
             self.best.save(step, args=args, metrics=metrics, force=True)
             self.best.wait_until_finished()

@@ -111,7 +111,8 @@ def main(_: list[str]) -> None:
         fail(str(e))
     except (Exception, KeyboardInterrupt) as e:
         if peers:
-            traceback.print_exc()
+            if not peers.ending:  # Else it is what the end of another did to this one.
+                traceback.print_exc()
             peers.fail(f"{type(e).__name__}: {e}", status=1)
         raise
     if jax.process_index() == 0:

@@ -6,14 +6,18 @@ import ctypes
 import itertools
 import os
 import pathlib
+import secrets
+import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
 import numpy as np
+from etils import epath
 from jax._src import distributed  # Its key-value store has no public name.
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -72,6 +76,8 @@ def join(
     if num_processes != 1:
         if process_id:
             _wait_for(coordinator)
+        elif coordinator:
+            _check_free(coordinator)
         try:
             jax.distributed.initialize(coordinator, num_processes, process_id)
         except (ValueError, RuntimeError, OSError) as e:
@@ -95,6 +101,20 @@ def _wait_for(coordinator: str, seconds: float = 300.0) -> None:
             time.sleep(0.5)
 
 
+def _check_free(coordinator: str) -> None:
+    """UserError: another program listens where process 0 is to, maybe process 0 of another run.
+
+    Two of those would share the port, and each other's processes.
+    """
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError) as e:
+            raise UserError(f"--coordinator={coordinator}: port {port} cannot be had: {e}") from e
+
+
 class Peers:
     """The other processes of the run: when one fails, all of them end, and say why.
 
@@ -111,6 +131,11 @@ class Peers:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         atexit.register(self._end)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the end has begun."""
+        return self._leaving.locked()
 
     def fail(self, message: str, status: int = 2) -> NoReturn:
         """Ends every process: this one with `message`, the others naming this one as well."""
@@ -154,6 +179,44 @@ def meet() -> None:
     if jax.process_count() > 1:
         name = f"refseg_jax/meeting {next(_meetings)}"
         distributed.global_state.client.wait_at_barrier(name, 3_600_000)
+
+
+def sees_the_same(folder: str) -> bool:
+    """Whether `folder`, which process 0 has made, is one for all processes; call it on all."""
+    if jax.process_count() == 1:
+        return True
+    meet()
+    mark = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+    path = epath.Path(folder) / f".mark-{mark}"
+    if jax.process_index() == 0:
+        path.write_text("")
+    meet()
+    # A network file system may remember for a while that there was no such file.
+    seen = any(path.exists() or time.sleep(1) for _ in range(30))
+    same = agree(int(seen)) and seen
+    if jax.process_index() == 0:
+        path.unlink()
+    return same
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM to one of several processes end all, where there is nothing to save.
+
+    JAX would take note of it, for `train.StopRequest` to ask. One process alone ends as ever.
+    """
+    if jax.process_count() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise UserError("stopped by SIGTERM: run the same command again")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def agree(value: int) -> bool:

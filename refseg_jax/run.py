@@ -1,6 +1,7 @@
 """A run from start to end: its directory, training, evaluation, report, and the summary."""
 
 import contextlib
+import errno
 import functools
 import json
 import pathlib
@@ -19,6 +20,7 @@ from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.logging import read_metrics
 from refseg_jax.predict import load_run, make_predict_step
+from refseg_jax.processes import ending_on_sigterm
 from refseg_jax.report import write_report
 from refseg_jax.sharding import batch_sharding, make_mesh, replicated, to_device
 from refseg_jax.train import evaluation_settings, train
@@ -44,6 +46,9 @@ LEAST = {
     "data.threads": 0,
 }
 
+# Of a disk that is full, or not ours to write to.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
 EXPLAINED = 4  # Examples, at most, of which the report shows how the mask came about.
 
 
@@ -59,17 +64,31 @@ def run(
     """
     check(config)
     jax.config.update("jax_threefry_partitionable", True)
+    try:
+        return {**_run(config, workdir, mode, begun), "workdir": workdir}
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(f"cannot write to {workdir}: {error.strerror}") from error
+
+
+def _run(
+    config: ml_collections.ConfigDict, workdir: str, mode: str, begun: float | None
+) -> dict[str, Any]:
     if mode == "evaluate":
         checkpoint.read_config(workdir)  # Only a run that was trained can be evaluated.
-        return {**evaluate_run(config, prepare(config, workdir), workdir), "workdir": workdir}
+        tokenizer = prepare(config, workdir)
+        with ending_on_sigterm():
+            return evaluate_run(config, tokenizer, workdir)
     with _sole(workdir):
         tokenizer = prepare(config, workdir)
         if mode == "both":  # A name that is wrong should not come out after training.
             data.open_sources(config.data, config.data.eval_splits)
         summary = train(config, tokenizer, workdir, begun)
         if mode == "both":
-            summary |= evaluate_run(config, tokenizer, workdir)
-    return {**summary, "workdir": workdir}
+            with ending_on_sigterm():
+                summary |= evaluate_run(config, tokenizer, workdir)
+    return summary
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -122,12 +141,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
                 "give another --workdir, or the same config to resume"
             )
     elif jax.process_index() == 0:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(tokenizer_path)
-            checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir={workdir}: {error}") from error
+        root.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(tokenizer_path)
+        checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
     return tokenizer
 
 
@@ -195,7 +211,7 @@ def evaluate_run(
             sources[split],
             tokenizer,
             put=lambda batch: to_device(batch, mesh),
-            **evaluation_settings(config),
+            **evaluation_settings(config, mesh),
             **kwargs,
         )
 

@@ -16,16 +16,17 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from refseg_jax import checkpoint, data, evaluate, models
 from refseg_jax.data import pipeline
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.data.transforms import normalize_for
 from refseg_jax.errors import UserError
-from refseg_jax.logging import MetricWriter
+from refseg_jax.logging import MetricWriter, read_metrics
 from refseg_jax.optim import make_optimizer
 from refseg_jax.predict import make_predict_step
-from refseg_jax.processes import agree, meet
+from refseg_jax.processes import agree, meet, sees_the_same
 from refseg_jax.sharding import (
     batch_sharding,
     jit_on_mesh,
@@ -182,8 +183,9 @@ class StopRequest:
 
     def __exit__(self, *exc):
         self._restore()
-        if self._several and self._caught:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Nobody would heed it from here on.
+        if self._several and self._caught:  # Nobody would heed it from here on.
+            stopped = isinstance(exc[1], Stopped)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if stopped else signal.SIG_DFL)
 
 
 class FirstStep:
@@ -299,12 +301,15 @@ class Trainer:
         )
 
 
-def evaluation_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `evaluate.evaluate` that the config sets."""
+def evaluation_settings(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """The arguments of `evaluate.evaluate` that the config sets, for the devices of `mesh`.
+
+    They get batches that they can share evenly, of `eval.batch_size` or a few more.
+    """
     return dict(
         image_size=config.data.image_size,
         max_tokens=config.data.max_tokens,
-        batch_size=config.eval.batch_size,
+        batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
         protocol=config.eval.protocol,
         threshold=config.eval.threshold,
         no_target_area=config.eval.no_target_area,
@@ -329,9 +334,14 @@ def train(
       UserError: the loss or the gradient is not finite (the last good checkpoint is kept), or
         something in config or data is wrong.
     """
+    if not sees_the_same(workdir):
+        raise UserError(
+            f"{workdir} is not the same folder for all processes: it must be on storage that all "
+            "of them share"
+        )
     with (
+        StopRequest() as stop,  # Outermost, as leaving the checkpoints waits until they are saved.
         checkpoint.Checkpoints(workdir) as checkpoints,
-        StopRequest() as stop,
         FirstStep(begun) as first,
     ):
         if not agree(checkpoints.last.latest_step() or 0):
@@ -360,7 +370,7 @@ def train(
                     f"{cut} of {checked} training expressions are longer than "
                     f"config.data.max_tokens={config.data.max_tokens} and lose their end"
                 )
-            _loop(trainer, checkpoints, writer, stop, first, start)
+            _loop(trainer, checkpoints, writer, stop, first, start, workdir)
         finally:
             writer.close()
     summary = {"steps": trainer.steps}
@@ -369,14 +379,51 @@ def train(
     return summary
 
 
-def _loop(trainer, checkpoints, writer, stop, first, start):
+def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     config, total = trainer.config, trainer.steps
     predict_fn = make_predict_step(trainer.model, batch_sharding(trainer.mesh))
     select_source = data.open_source(config.data, config.data.select_split)
     record = Recorder(writer, trainer.schedule, config.train, start)
-    batches = trainer.batches(start) if start < total else iter(())
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.
+
+    def stopped(step):
+        return Stopped(
+            f"stopped by {stop.signal} at step {step}, which is saved: "
+            "run the same command again to go on"
+        )
+
+    def evaluation_due(step):
+        return step == total or step % config.train.eval_every == 0
+
+    def score(step, state):
+        def put(batch):
+            if stop.signal:  # The step is saved, and scored when the run goes on.
+                raise stopped(step)
+            return to_device(batch, trainer.mesh)
+
+        result = evaluate.evaluate(
+            predict_fn,
+            state.variables(),
+            select_source,
+            trainer.tokenizer,
+            put=put,
+            limit=config.eval.limit_in_training,
+            verbose=False,
+            **evaluation_settings(config, trainer.mesh),
+        )
+        best = checkpoints.save_best(step, state.variables(), result.score)
+        scores = result.metrics.items()
+        known = {f"{result.split}/{name}": v for name, v in scores if math.isfinite(v)}
+        writer.write(step, known)  # Last: it says that the step has been scored.
+        writer.say(
+            f"step {step}: {result.split} {evaluate.spell(result.headline)}"
+            + (" (best so far)" if best else "")
+        )
+
+    if start and evaluation_due(start) and not _scored(workdir, start, select_source.split):
+        score(start, state)
+    batches = trainer.batches(start) if start < total else iter(())
     for step, batch in enumerate(batches, start + 1):
         batch = to_device(batch, trainer.mesh)
         if first.seconds is None:
@@ -387,37 +434,25 @@ def _loop(trainer, checkpoints, writer, stop, first, start):
         if first.seconds is None:
             writer.say(first.taken(scalars))
             record.once["seconds_to_first_step"] = first.seconds
-        evaluating = step == total or step % config.train.eval_every == 0
-        stopping = stop.after(step)
+        stopping, evaluating = stop.after(step), evaluation_due(step)
         if not (evaluating or stopping or step % config.train.checkpoint_every == 0):
             continue
         record.flush()  # A step that went wrong must not be saved.
-        if evaluating:
-            result = evaluate.evaluate(
-                predict_fn,
-                state.variables(),
-                select_source,
-                trainer.tokenizer,
-                put=lambda batch: to_device(batch, trainer.mesh),
-                limit=config.eval.limit_in_training,
-                verbose=False,
-                **evaluation_settings(config),
-            )
-            scores = result.metrics.items()
-            known = {f"{result.split}/{name}": v for name, v in scores if math.isfinite(v)}
-            writer.write(step, known)
-            best = checkpoints.save_best(step, state.variables(), result.score)
-            writer.say(
-                f"step {step}: {result.split} {evaluate.spell(result.headline)}"
-                + (" (best so far)" if best else "")
-            )
         checkpoints.save_last(state)
+        if stopping:
+            raise stopped(step)
+        if evaluating:
+            score(step, state)
+            if step == total and stop.after(total + 1):
+                raise stopped(step)
         record.restart_clock()
-        if stopping and step < total:
-            raise Stopped(
-                f"stopped by {stop.signal} at step {step}, which is saved: "
-                "run the same command again to go on"
-            )
+
+
+def _scored(workdir: str, step: int, split: str) -> bool:
+    """Whether the metrics have scores of `step`; as process 0 sees it."""
+    rows = (row for row in read_metrics(workdir) if row["step"] == step)
+    found = any(name.startswith(f"{split}/") for row in rows for name in row)
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
 
 
 class Recorder:

@@ -23,7 +23,7 @@ import optax
 import pytest
 from absl import app
 
-from refseg_jax import checkpoint, main, models, train
+from refseg_jax import checkpoint, main, models, processes, train
 from refseg_jax.data import pipeline
 from refseg_jax.errors import UserError
 from refseg_jax.models.alignformer import AlignFormer
@@ -86,13 +86,14 @@ def one_process(reads: str, pause: str, fault: str) -> None:
 class Group:
     """The processes of one run on this machine, and what they printed."""
 
-    def __init__(self, workdir, count, *, pause=0.0, fault=0, devices=2, **changes):
+    def __init__(self, workdir, count, *, pause=0.0, fault=0, devices=2, apart=False, **changes):
+        """`apart`: the last process has a folder of its own where the others have `workdir`."""
         self.workdir = workdir
         workdir.parent.mkdir(exist_ok=True)
         settings = dict(
-            data__image_size=32, train__steps=STEPS, train__batch_size=ROWS, train__eval_every=5,
+            data__image_size=32, train__batch_size=ROWS, train__eval_every=5,
             train__checkpoint_every=4, optim__lr=1e-3, mesh__cpu_devices=devices,
-            mesh__min_fsdp_size=8, **{"mesh__data": -1, **changes},
+            mesh__min_fsdp_size=8, **{"train__steps": STEPS, "mesh__data": -1, **changes},
         )  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         port = free_port()
@@ -102,7 +103,8 @@ class Group:
             command = [
                 *(sys.executable, "-m", "tests.test_multihost"),
                 *(self.path(i, "reads"), str(pause), str(fault * (i == count - 1))),
-                *("--config", "configs/alignformer.py", "--workdir", workdir),
+                *("--config", "configs/alignformer.py", "--workdir"),
+                workdir.with_name("apart") if apart and i == count - 1 else workdir,
                 *tiny.flags(**settings),
                 *([*joining, f"--process_id={i}"] if count > 1 else []),
             ]
@@ -166,22 +168,38 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
-    """whole: 1 process, 2 devices, unbroken. stopped: 2 processes, SIGTERM to the second of them.
-    one, four: it goes on with 1 process of 1 device, and with 4. faulty: 2, the second fails."""
+    """whole: 1 process, 2 devices, unbroken. stopped: 2 processes, SIGTERM to the second of them,
+    again and again. one, four: it goes on with 1 process of 1 device, and with 4. faulty: 2, the
+    second fails. apart: 2 without a folder in common. cut: SIGTERM in an evaluation; it goes on."""
     root = tmp_path_factory.mktemp("groups")
     found = {"stopped": Group(root / "stopped", 2, pause=0.25)}
     try:
         stopped = found["stopped"]
         found["whole"] = Group(root / "whole", 1)
         stopped.until(lambda: len(stopped.metrics()) >= 7, "seventh row of metrics")
-        stopped.processes[1].send_signal(signal.SIGTERM)
-        stopped.ended(2)
+
+        def ended():
+            stopped.processes[1].send_signal(signal.SIGTERM)
+            return {process.poll() for process in stopped.processes} == {2}
+
+        stopped.until(ended, "end", 2)
         found["whole"].ended(0)
         found["faulty"] = Group(root / "faulty", 2, fault=3)
-        for name, count, mesh in (("one", 1, {}), ("four", 4, {"mesh__data": 2, "mesh__fsdp": 2})):
+        found["apart"] = Group(root / "together", 2, apart=True)
+        cut = found["cut"] = Group(root / "cut", 1, pause=0.5, train__steps=6)
+        cut.until(lambda: len(cut.metrics()) >= 5, "fifth row of metrics")
+        cut.processes[0].send_signal(signal.SIGTERM)
+        # More sentences at once than the devices of `four` can share.
+        four = {"mesh__data": 2, "mesh__fsdp": 2, "eval__batch_size": 6}
+        for name, count, changes in (("one", 1, {}), ("four", 4, four)):
             shutil.copytree(stopped.workdir, root / name)
-            found[name] = Group(root / name, count, devices=1, **mesh)
+            found[name] = Group(root / name, count, devices=1, **changes)
+        cut.ended(2)
+        assert rows(cut, "val/mIoU") == {} and "at step 5, which is saved" in cut.errors(0)[0]
+        found["cut"] = Group(root / "cut", 1, train__steps=6)
         found["faulty"].ended(2)
+        found["apart"].ended(2)
+        found["cut"].ended(0)
         found["one"].ended(0)
         found["four"].ended(0)
         yield found
@@ -263,9 +281,11 @@ def test_each_process_reads_its_rows_only(groups):
     # While training 18 sentences at a time; at the end 18, 9, 9, and 18 with shuffled words.
     evaluations = rows(whole, "val/mIoU")
     assert len(batches["EvalBatches"]) == 3 * len(evaluations) + 3 + 2 + 2 + 3
+    scored = rows(groups["stopped"], "val/mIoU")
+    assert set(scored) <= set(evaluations)
     left = {
         "TrainBatches": STEPS - begun,
-        "EvalBatches": len(batches["EvalBatches"]) - 3 * sum(step <= begun for step in evaluations),
+        "EvalBatches": len(batches["EvalBatches"]) - 3 * len(scored),
     }
     for kind, everything in batches.items():
         assert {len(batch) for batch in everything} == {ROWS}
@@ -292,12 +312,34 @@ def test_only_the_first_process_prints_and_writes(groups):
         assert not [word for word in ("first step", "mIoU", f"/{STEPS}") if word in stderr]
 
 
+def test_an_evaluation_that_was_cut_is_made_when_the_run_goes_on(groups):
+    assert list(rows(groups["cut"], "val/mIoU")) == [5, 6]
+    assert [row["step"] for row in groups["cut"].metrics()] == [1, 2, 3, 4, 5, 5, 6, 6]
+
+
+def test_processes_without_a_folder_in_common_are_told_at_the_start(groups):
+    for i in range(2):
+        (line,) = groups["apart"].errors(i)
+        assert "is not the same folder for all processes" in line
+        assert "Traceback" not in groups["apart"].text(i, "stderr")
+
+
 def test_an_error_in_one_process_ends_all_with_one_line(groups):
     for i in range(2):
         (line,) = groups["faulty"].errors(i)
         assert line.endswith("this process is told to fail")
         assert line.startswith("error: process 1: ") == (i == 0)
         assert "Traceback" not in groups["faulty"].text(i, "stderr")
+
+
+def test_a_port_that_is_taken_is_an_error():
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # As the coordinator's is.
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} cannot be had"):
+            processes.join(f"localhost:{port}", 2, 0)
 
 
 if __name__ == "__main__":

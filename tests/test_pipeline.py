@@ -1,5 +1,9 @@
 import collections
 import multiprocessing
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -166,6 +170,26 @@ def test_worker_processes_change_nothing_and_start_no_device(workers, start):
     iterator = train_iterator(batches, start, workers=workers, threads=2)
     assert_same([next(iterator) for _ in expected], expected)
     assert len(multiprocessing.active_children()) == workers
+    iterator.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_leave_signals_to_the_run():
+    """A terminal sends Ctrl-C to all of them; the run has yet to save."""
+    iterator = train_iterator(train_batches(NoDeviceSource()), workers=1)
+
+    def tell():
+        for child in multiprocessing.active_children():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(child.pid, number)
+
+    starting = threading.Timer(0.5, tell)  # While it still imports what it needs.
+    starting.start()
+    next(iterator)
+    starting.join()
+    tell()
+    time.sleep(0.2)
+    assert len(list(iterator)) == 8
     iterator.close()
     assert not multiprocessing.active_children()
 

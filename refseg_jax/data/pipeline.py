@@ -16,7 +16,9 @@ starts no device).
 import dataclasses
 import functools
 import itertools
+import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -199,8 +201,18 @@ def train_iterator(
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     )
-    iterator = iter(dataset)
+    # What a terminal or `kill` tells the whole group, the run itself hears, which may have to save:
+    # workers are born with these signals blocked, and stay so.
+    if workers:
+        resource_tracker.ensure_running()  # Which they need; to start it unblocks the signals.
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
+        iterator = iter(dataset)
+        first = next(iterator)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    try:
+        yield first
         yield from iterator
     finally:
         iterator.close()

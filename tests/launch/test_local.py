@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,6 +111,16 @@ def test_a_failing_local_process_ends_the_others(tmp_path):
             except BlockingIOError:
                 assert time.monotonic() < deadline, "a worker of a killed process goes on"
                 time.sleep(0.05)
+
+
+def test_a_port_of_another_run_is_refused(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        words = ["--processes", "2", "--port", port, "--program", "/bin/false", "--", "x"]
+        done = subprocess.run([LAUNCH / "local.sh", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and f"port {port} is in use" in done.stderr
 
 
 def test_a_local_dry_run_has_a_line_per_process(plain):
