@@ -1,5 +1,7 @@
 """What surrounds training: bounds of the config, the run's directory, and its data."""
 
+import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from refseg_jax import checkpoint, data, details, run
+from refseg_jax import checkpoint, data, details, models, run
 from refseg_jax.data.files import locked
 from refseg_jax.data.shapes import ShapesSource
 from refseg_jax.errors import UserError
@@ -118,3 +120,23 @@ def test_without_a_control_the_scores_are_there(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert list(results) == ["val"]
     assert "val: no control, expressions cannot be shuffled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "message"),
+    [
+        *((name, "swin.num_heads", "stages' widths") for name in ("lavt", "crossvlt")),
+        ("coupalign", "bert.heads", "do not divide hidden"),
+        ("coupalign", "heads", "do not divide bert.hidden"),
+        ("alignformer", "heads", "a multiple of 4 and of heads=7"),
+        ("cris", "text.heads", "do not divide hidden"),
+        ("jmceln", "heads", "of heads=7"),
+    ],
+)
+def test_heads_that_do_not_divide_a_width_are_an_error(name, field, message):
+    config = importlib.import_module(f"configs.{name}").get_config().model
+    *sections, field = field.split(".")
+    node = functools.reduce(lambda part, section: part[section], sections, config)
+    node[field] = 7 if isinstance(node[field], int) else (7, *node[field][1:])
+    with pytest.raises(UserError, match=message):
+        models.build(config)

@@ -63,6 +63,10 @@ class AlignFormerConfig:
 
     def __post_init__(self):
         check_rate(self.dropout)
+        if self.heads < 1 or self.dim % self.heads or self.dim % 4:
+            raise UserError(
+                f"config.model.dim={self.dim} must be a multiple of 4 and of heads={self.heads}"
+            )
         if self.fusion not in FUSIONS:
             raise UserError(
                 f"config.model.fusion={self.fusion!r} is not one of {', '.join(FUSIONS)}"

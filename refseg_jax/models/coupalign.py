@@ -71,6 +71,12 @@ class CoupAlignConfig:
 
     def __post_init__(self):
         check_rate(self.dropout)
+        widths = self.bert.hidden, self.generator_dim
+        if self.heads < 1 or any(width % self.heads for width in widths):
+            raise UserError(
+                f"config.model.heads={self.heads} do not divide bert.hidden and generator_dim, "
+                f"{widths[0]} and {widths[1]}"
+            )
         for name, choices in (
             ("backbone", BACKBONES),
             ("direction", ("bi", "uni")),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from refseg_jax.errors import UserError
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.dense import Dense
 
@@ -44,6 +45,12 @@ class BertConfig:
     dropout: float = 0.1
     eps: float = 1e-12
     remat: bool = False
+
+    def __post_init__(self):
+        if self.heads < 1 or self.hidden % self.heads:
+            raise UserError(
+                f"config.model.bert.heads={self.heads} do not divide hidden={self.hidden}"
+            )
 
 
 def _norm(config: BertConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from refseg_jax.errors import UserError
 from refseg_jax.models.encoders.resnet import ResNet, ResNetConfig
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
@@ -69,6 +70,12 @@ class ClipTextConfig:
     max_positions: int = 77
     embed_dim: int = 512
     remat: bool = False
+
+    def __post_init__(self):
+        if self.heads < 1 or self.hidden % self.heads:
+            raise UserError(
+                f"config.model.text.heads={self.heads} do not divide hidden={self.hidden}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

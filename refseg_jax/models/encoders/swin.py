@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from refseg_jax.errors import UserError
 from refseg_jax.models.layers.dense import Dense, SplitDense, Weights
 from refseg_jax.models.layers.feed_forward import feed_forward
 from refseg_jax.models.layers.layer_norm import LayerNorm, NormWeights
@@ -58,6 +59,15 @@ class SwinConfig:
     shift_small_maps: bool = True
     positions: bool = False
     remat: bool = False
+
+    def __post_init__(self):
+        heads, widths = self.num_heads, self.widths
+        if len(heads) != len(widths) or any(
+            h < 1 or width % h for h, width in zip(heads, widths, strict=True)
+        ):
+            raise UserError(
+                f"config.model.swin.num_heads={heads} do not divide the stages' widths {widths}"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
