@@ -170,19 +170,28 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
 def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
     """Writes down what a run is trained on, `data.identity`; if `resumed`, compares it.
 
+    The first process does so.
+
     Raises:
       UserError: the run in `workdir` was trained on something else.
     """
     path = epath.Path(workdir) / DATA_FILE
+    if jax.process_index() > 0:
+        return
     if resumed and path.exists():
-        known = json.loads(path.read_text())
+        try:
+            known = json.loads(path.read_text())
+        except ValueError as e:
+            raise UserError(
+                f"{path} is not valid JSON ({e}): delete it, if the data is the same"
+            ) from None
         if known != found:
             were, are = (f"{x['sentences']} sentences of {x['refs']} refs" for x in (known, found))
             raise UserError(
                 f"{workdir} holds a run on other training data ({known['dataset']}, {were}; now "
                 f"{found['dataset']}, {are}): give another --workdir, or the same data to resume"
             )
-    elif jax.process_index() == 0:
+    else:
         path.write_text(json.dumps(found) + "\n")
 
 

@@ -46,8 +46,8 @@ LEAST = {
     "data.threads": 0,
 }
 
-# Of a disk that is full, or not ours to write to.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# Of a disk that is full, or not ours to use.
+UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 EXPLAINED = 4  # Examples, at most, of which the report shows how the mask came about.
 
@@ -67,9 +67,9 @@ def run(
     try:
         return {**_run(config, workdir, mode, begun), "workdir": workdir}
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNUSABLE:
             raise
-        raise UserError(f"cannot write to {workdir}: {error.strerror}") from error
+        raise UserError(f"{error.filename or workdir}: {error.strerror}") from error
 
 
 def _run(
@@ -116,7 +116,7 @@ def _sole(workdir: str) -> Iterator[None]:
         pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    with locked(workdir, "run"):
+    with locked(f"{workdir}/.lock", "run"):
         yield
 
 

@@ -154,12 +154,14 @@ class StopRequest:
 
     def __init__(self):
         self.signal = None
+        self.start = 0  # The step that the run goes on from.
         self._several = jax.process_count() > 1
         self._previous = {}
 
     def after(self, step: int) -> bool:
         """Whether to stop after this step; to be asked after every step."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
+        # JAX has them meet one step after the last that any of them asked for, or at 1.
+        if self._several and multihost_utils.reached_preemption_sync_point(step - self.start):
             self.signal = "SIGTERM"
         return self.signal is not None
 
@@ -350,7 +352,7 @@ def train(
                 "that all of them share"
             )
         trainer = Trainer(config, tokenizer, checkpoints)
-        start = int(trainer.state.step)
+        start = stop.start = int(trainer.state.step)
         if config.data.dataset != "shapes":  # Which are what the config says.
             checkpoint.check_data(workdir, data.identity(trainer.source), resumed=start > 0)
         writer = MetricWriter(workdir, start, trainer.steps, active=jax.process_index() == 0)
@@ -383,7 +385,6 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     config, total = trainer.config, trainer.steps
     predict_fn = make_predict_step(trainer.model, batch_sharding(trainer.mesh))
     select_source = data.open_source(config.data, config.data.select_split)
-    record = Recorder(writer, trainer.schedule, config.train, start)
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.
 
@@ -420,9 +421,14 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             f"step {step}: {result.split} {evaluate.spell(result.headline)}"
             + (" (best so far)" if best else "")
         )
+        if step == total and stop.after(total + 1):
+            raise stopped(step)
 
     if start and evaluation_due(start) and not _scored(workdir, start, select_source.split):
+        since, compiling = time.time(), first.compiling
         score(start, state)
+        first.begun, first.compiling = first.begun + time.time() - since, compiling
+    record = Recorder(writer, trainer.schedule, config.train, start)
     batches = trainer.batches(start) if start < total else iter(())
     for step, batch in enumerate(batches, start + 1):
         batch = to_device(batch, trainer.mesh)
@@ -443,15 +449,18 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             raise stopped(step)
         if evaluating:
             score(step, state)
-            if step == total and stop.after(total + 1):
-                raise stopped(step)
         record.restart_clock()
 
 
 def _scored(workdir: str, step: int, split: str) -> bool:
-    """Whether the metrics have scores of `step`; as process 0 sees it."""
-    rows = (row for row in read_metrics(workdir) if row["step"] == step)
-    found = any(name.startswith(f"{split}/") for row in rows for name in row)
+    """Whether the metrics have scores of `step`; as process 0 sees it, and tells all."""
+    found = jax.process_index() == 0 and any(
+        name.startswith(f"{split}/")
+        for row in read_metrics(workdir)
+        if row["step"] == step
+        for name in row
+    )
+    meet()
     return bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
 
 

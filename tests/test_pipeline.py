@@ -1,7 +1,10 @@
 import collections
 import multiprocessing
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -192,6 +195,32 @@ def test_workers_leave_signals_to_the_run():
     assert len(list(iterator)) == 8
     iterator.close()
     assert not multiprocessing.active_children()
+
+
+ORPHANED = """
+import multiprocessing, os
+from tests.test_pipeline import NoDeviceSource, train_batches, train_iterator
+
+if __name__ == "__main__":
+    iterator = train_iterator(train_batches(NoDeviceSource()), workers=1)
+    next(iterator)
+    (child,) = multiprocessing.active_children()
+    print(child.pid, flush=True)
+    os._exit(2)
+"""
+
+
+def test_workers_do_not_outlive_the_run(tmp_path):
+    (tmp_path / "orphaned.py").write_text(ORPHANED)
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "orphaned.py"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    deadline = time.monotonic() + 60
+    while pathlib.Path(f"/proc/{int(done.stdout)}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -46,7 +46,9 @@ def test_a_second_run_is_kept_out(tmp_path, monkeypatch):
     workdir = str(tmp_path / "run")
     assert run.run(tiny.config(), workdir, "train")["steps"] == 6
     held = "from refseg_jax.data.files import locked\nimport sys\n"
-    held += "with locked(sys.argv[1], 'run'): print('held', flush=True); sys.stdin.read()"
+    held += (
+        "with locked(sys.argv[1] + '/.lock', 'run'): print('held', flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", held, workdir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
@@ -56,7 +58,7 @@ def test_a_second_run_is_kept_out(tmp_path, monkeypatch):
         other.kill()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
     assert run.run(tiny.config(), workdir, "train")["steps"] == 6
-    with locked(workdir, "run"):
+    with locked(f"{workdir}/.lock", "run"):
         pass  # It is given back.
 
 
@@ -96,6 +98,9 @@ def test_other_data_is_not_taken_for_the_runs_own(tmp_path):
         checkpoint.check_data(workdir, other, resumed=True)
     checkpoint.check_data(workdir, other, resumed=False)
     checkpoint.check_data(workdir, other, resumed=True)
+    (tmp_path / "data.json").write_text("")
+    with pytest.raises(UserError, match="data.json is not valid JSON"):
+        checkpoint.check_data(workdir, other, resumed=True)
 
 
 def test_without_a_control_the_scores_are_there(tmp_path, monkeypatch, capsys):

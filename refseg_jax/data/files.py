@@ -41,16 +41,19 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Keeps out whoever else locks `folder`; the lock goes when the process goes, however it ends.
+def locked(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Keeps out whoever else locks `path`; the lock goes when the process goes, however it ends.
 
-    On a file system without locks nobody is kept out. UserError: it is locked, by another `what`.
+    A folder, or a file, which is made: a network file system locks no folders. Where there are no
+    locks nobody is kept out. UserError: it is locked, by another `what`.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    folder = os.path.isdir(path)
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            folder = path if folder else os.path.dirname(path)
             raise UserError(f"another {what} is writing to {folder}: wait for it") from None
         except OSError:
             pass

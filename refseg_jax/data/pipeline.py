@@ -13,12 +13,11 @@ Input workers import this file: nothing in it may touch JAX (Grain imports JAX, 
 starts no device).
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-import signal
 from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -27,6 +26,7 @@ from absl import flags
 from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.data.transforms import read_resized, resize_image, resize_mask
+from refseg_jax.data.workers import born_deaf, end_with_parent
 from refseg_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -199,18 +199,14 @@ def train_iterator(
     dataset = (
         grain.MapDataset.source(batches)[start_step:]
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-        .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        .mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers),
+            worker_init_fn=end_with_parent if workers else None,
+        )
     )
-    # What a terminal or `kill` tells the whole group, the run itself hears, which may have to save:
-    # workers are born with these signals blocked, and stay so.
-    if workers:
-        resource_tracker.ensure_running()  # Which they need; to start it unblocks the signals.
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
+    with born_deaf() if workers else contextlib.nullcontext():
         iterator = iter(dataset)
         first = next(iterator)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     try:
         yield first
         yield from iterator

@@ -14,7 +14,6 @@ import os
 import pathlib
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +36,7 @@ from refseg_jax.data.shards import (
     ref_fields,
 )
 from refseg_jax.data.transforms import read_image
+from refseg_jax.data.workers import end_with_parent
 from refseg_jax.errors import UserError
 
 # Single records, to be read at random; pictures are compressed already.
@@ -187,12 +187,7 @@ def _start_worker(plan: Plan, out: pathlib.Path) -> None:
     global _task
     _task = plan, out
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(k: int, state: ShardState | None) -> ShardState:
