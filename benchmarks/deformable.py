@@ -1,6 +1,6 @@
 """How long does multi-scale deformable attention take, forward and with its gradients?
 
-    python benchmarks/deformable.py
+    python -m benchmarks.deformable
 
 Times all forms of the sampling core and the six-layer encoder at the sizes of the small and of
 the full AlignFormer. One JSON line per measurement: the best of `--repeats` runs.

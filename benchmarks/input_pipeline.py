@@ -117,7 +117,7 @@ def measure_parts(name: str, batches: TrainBatches, samples: int, repeats: int) 
         if k % rows == 0:
             batches._load(numbers[k : k + rows], numbers[k : k + rows])
 
-    decoded = [decode(k).convert("RGB") for k in range(8)]
+    decoded = [decode(k).convert("RGB") for k in range(min(8, len(refs)))]
     load(0)
     steps = {
         "read": lambda k: source.image_bytes(refs[k]),

@@ -40,6 +40,9 @@ LEAST = {
     "train.eval_every": 1,
     "train.checkpoint_every": 1,
     "eval.batch_size": 1,
+    "eval.examples": 0,
+    "eval.limit_in_training": 0,
+    "eval.no_target_area": 0,
     "data.image_size": 1,
     "data.max_tokens": 3,  # Two marks and a piece.
     "data.workers": 0,
@@ -151,13 +154,19 @@ def fit_tokenizer(config: ml_collections.ConfigDict, source: str) -> Tokenizer:
     """The tokeniser that `source` names; fills in what of the config depends on it.
 
     Raises:
-      UserError: there is none, or it has more entries than the config's vocabulary.
+      UserError: there is none, it has more entries than the config's vocabulary, or a text may
+        have more tokens than the encoder has positions.
     """
     tokenizer = data.load_tokenizer(source)
     name = "bert" if "bert" in config.model else "text"
     text_encoder = config.model[name]
     if text_encoder.vocab_size == 0:
         text_encoder.vocab_size = tokenizer.vocab_size
+    if config.data.max_tokens > text_encoder.max_positions:
+        raise UserError(
+            f"config.data.max_tokens={config.data.max_tokens} are more than "
+            f"config.model.{name}.max_positions={text_encoder.max_positions}"
+        )
     if tokenizer.vocab_size > text_encoder.vocab_size:
         raise UserError(
             f"config.model.{name}.vocab_size={text_encoder.vocab_size} is too small for the "

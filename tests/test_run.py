@@ -27,6 +27,8 @@ from tests import preparing, tiny
         ("train__checkpoint_every", 0, "checkpoint_every=0"),
         ("eval__batch_size", 0, "config.eval.batch_size=0"),
         ("data__max_tokens", 2, "max_tokens=2: it must be 3 or more"),
+        ("data__max_tokens", 65, "max_tokens=65 are more than config.model.bert.max_positions=64"),
+        ("eval__limit_in_training", -1, "limit_in_training=-1"),
         ("data__threads", -1, "threads=-1"),
         ("seed", -1, "config.seed=-1"),
         ("eval__threshold", 35.0, "threshold=35.0: it is a probability"),

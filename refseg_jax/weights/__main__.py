@@ -45,6 +45,8 @@ def convert_run(
     from refseg_jax.weights.released import TABLES, with_text
     from refseg_jax.weights.tables import convert_variables
 
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: convert to a folder of this machine, then copy it")
     root = pathlib.Path(workdir)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{workdir} is not empty: give another --workdir")
@@ -53,6 +55,7 @@ def convert_run(
             f"there are no released checkpoints of {config.model.name} that could be converted "
             f"(of {', '.join(TABLES)} there are)"
         )
+    run.check(config)
     run.fit_tokenizer(config, config.data.tokenizer)
     read = read_checkpoint(source)
     arrays = read.arrays

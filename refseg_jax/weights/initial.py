@@ -1,6 +1,5 @@
 """Where a new run's parameters start, other than from scratch."""
 
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from refseg_jax import checkpoint
@@ -57,9 +57,12 @@ def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dic
       UserError: a file is missing, damaged, or does not fit.
     """
     source = config.init.checkpoint
-    if source and (pathlib.Path(source) / checkpoint.CONFIG_FILE).exists():
+    if source and (epath.Path(source) / checkpoint.CONFIG_FILE).exists():
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        loaded = checkpoint.load_variables(source, variables, here)
+        try:
+            loaded = checkpoint.load_variables(source, variables, here)
+        except UserError as error:
+            raise UserError(f"config.init.checkpoint={source}: {error}") from error
         return jax.tree.map(np.asarray, loaded), f"all parameters from {source}"
     if source:
         if config.model.name not in released.TABLES:

@@ -45,6 +45,7 @@ _DTYPES: Mapping[str, np.dtype] = {
 # What training scripts save beside the arrays: settings, scores, devices.
 _INERT = {
     ("argparse", "Namespace"),
+    ("collections", "Counter"),  # A schedule's milestones.
     ("collections", "defaultdict"),
     ("numpy", "dtype"),
     ("numpy.core.multiarray", "scalar"),
@@ -54,6 +55,9 @@ _INERT = {
     ("pathlib", "WindowsPath"),
     ("torch", "device"),
     ("torch", "Size"),
+    *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64")),
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    ("numpy", "ndarray"),
     ("yacs.config", "CfgNode"),
     *(
         (module, name)
@@ -267,7 +271,7 @@ def _arrays(
 
 
 def _unwrap(content: Any) -> tuple[dict[str, _Tensor], list[str]]:
-    """Tensors by name, from inside any wrapping, and the names of what is no tensor."""
+    """Tensors by name, from inside any wrapping, and the names of all else."""
     if isinstance(content, _Scripted):
         return _scripted(content), []
     if not isinstance(content, dict):
@@ -276,7 +280,7 @@ def _unwrap(content: Any) -> tuple[dict[str, _Tensor], list[str]]:
     tensors: dict[str, _Tensor] = {}
     beside = []
     for name, value in content.items():
-        if isinstance(value, _Tensor):
+        if isinstance(value, _Tensor) and wrapper is None:
             found = {str(name): value}
         elif name == wrapper or (name == _SECOND and isinstance(value, dict)):
             found, more = _unwrap(value)

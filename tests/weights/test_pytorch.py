@@ -298,6 +298,21 @@ def scripted(*state: bytes) -> bytes:
     return b"\x80\x02c__torch__\nM\nq\x00)\x81q\x01" + b"".join(state) + b"b."
 
 
+def test_what_the_authors_scripts_save_beside_the_arrays(save):
+    """CRIS's its schedule, CrossVLT's its best score, a tensor; others NumPy's arrays, dtypes."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [35], 0.1)
+    content = {
+        "epoch": 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
+        "scheduler": schedule.state_dict(), "best_oIoU": torch.tensor(61.5),
+        "curve": np.arange(3.0), "dtype": torch.float32,
+    }  # fmt: skip
+    arrays, beside = read_pytorch(save(content))
+    assert list(arrays) == ["weight", "bias"]
+    assert beside == ["epoch", "optimizer", "scheduler", "best_oIoU", "curve", "dtype"]
+
+
 def test_a_number_in_a_pickle_takes_no_memory(tmp_path):
     """The unpickler in C makes room for so many values as the largest number of one says."""
     (tmp_path / "model.pth").write_bytes(b"\x80\x02Nr" + (30_000_000).to_bytes(4, "little") + b".")
