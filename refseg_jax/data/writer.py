@@ -228,7 +228,7 @@ def _make_shard(plan: Plan, out: pathlib.Path, k: int, state: ShardState | None)
 
 
 def _faults_of(plan: Plan, state: ShardState) -> list[list]:
-    """What is left out of a shard today, if nothing but what was may be: it may be mended."""
+    """What `state` would leave out today, of the same images: some may have been mended."""
     refs = ((plan.sources[split], i) for split, i, _ in state["left_out"])
     images = dict.fromkeys(source.image_file(source[i]) for source, i in refs)
     return [fault for image in images for fault in _record(plan, image)[1]]
