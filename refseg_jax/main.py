@@ -92,7 +92,7 @@ def main(_: list[str]) -> None:
     import jax
 
     from refseg_jax import processes, run
-    from refseg_jax.train import Stopped
+    from refseg_jax.stopping import Stopped
 
     # configs/alignformer.py:refcoco,small -> runs/alignformer_refcoco_small
     path, _, variant = flags.FLAGS["config"].config_filename.partition(":")

@@ -7,12 +7,10 @@ import itertools
 import os
 import pathlib
 import secrets
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
@@ -197,26 +195,6 @@ def sees_the_same(folder: str) -> bool:
     if jax.process_index() == 0:
         path.unlink()
     return same
-
-
-@contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """Lets SIGTERM to one of several processes end all, where there is nothing to save.
-
-    JAX would take note of it, for `train.StopRequest` to ask. One process alone ends as ever.
-    """
-    if jax.process_count() == 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise UserError("stopped by SIGTERM: run the same command again")
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def agree(value: int) -> bool:

@@ -20,9 +20,9 @@ from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
 from refseg_jax.logging import read_metrics
 from refseg_jax.predict import load_run, make_predict_step
-from refseg_jax.processes import ending_on_sigterm
 from refseg_jax.report import write_report
 from refseg_jax.sharding import batch_sharding, make_mesh, replicated, to_device
+from refseg_jax.stopping import ending_on_sigterm
 from refseg_jax.train import evaluation_settings, train
 
 # What may change when a run is resumed: nothing that its parameters depend on.

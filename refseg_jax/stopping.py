@@ -1,0 +1,80 @@
+"""What SIGTERM and Ctrl-C do: training saves before it leaves, everything else ends together."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from refseg_jax.errors import UserError
+
+
+class Stopped(UserError):
+    """The run was told to stop, and is saved; with several processes, all raise it at one step."""
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT, so that the loop can save before it leaves.
+
+    With several processes JAX catches SIGTERM: that of any process reaches all of them, and they
+    agree on the step to stop at.
+    """
+
+    def __init__(self):
+        self.signal = None
+        self.start = 0  # The step that the run goes on from.
+        self._several = jax.process_count() > 1
+        self._previous = {}
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after every step."""
+        # JAX has them meet one step after the last that any of them asked for, or at 1.
+        if self._several and multihost_utils.reached_preemption_sync_point(step - self.start):
+            self.signal = "SIGTERM"
+        return self.signal is not None
+
+    def _note(self, number, _):
+        self._restore()  # A second signal is not caught.
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self.signal = signal.Signals(number).name
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __enter__(self):
+        self._caught = threading.current_thread() is threading.main_thread()
+        if self._caught:
+            for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc):
+        self._restore()
+        if self._several and self._caught:  # Nobody would heed it from here on.
+            stopped = isinstance(exc[1], Stopped)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if stopped else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM to one of several processes end all, where there is nothing to save.
+
+    JAX would take note of it, for `StopRequest` to ask. One process alone ends as ever.
+    """
+    if jax.process_count() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise UserError("stopped by SIGTERM: run the same command again")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
