@@ -253,19 +253,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             Image.fromarray(picture).save(paths[name])
     except OSError as e:
         raise UserError(f"cannot write to --out {arguments.out}: {e}") from e
+    return {"text": arguments.text, **facts(prediction), **paths}
+
+
+def facts(prediction: Prediction) -> dict[str, Any]:
+    """What a prediction is in numbers, ready for JSON."""
     return {
-        "text": arguments.text,
         "truncated": prediction.truncated,
         "confidence": round(prediction.confidence, 4),
         "area": prediction.area,
         "area_fraction": round(prediction.area_fraction, 6),
         "box": prediction.box,
-        **paths,
     }
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The result of `run` for people: one line each for confidence, area, box and files."""
+    """The result of `run`, or `facts`, for people: a line each for confidence, area, box, files."""
     box = "none: nothing found"
     if result["box"]:
         box = "x {} to {}, y {} to {} px".format(*(result["box"][i] for i in (0, 2, 1, 3)))
@@ -274,8 +277,7 @@ def describe(result: Mapping[str, Any]) -> str:
             f"confidence  {result['confidence']:.3f}",
             f"area        {result['area']} px ({100 * result['area_fraction']:.2f} % of the image)",
             f"box         {box}",
-            f"mask        {result['mask']}",
-            f"overlay     {result['overlay']}",
+            *(f"{name:<11} {result[name]}" for name in ("mask", "overlay") if name in result),
         )
     )
 
