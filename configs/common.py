@@ -89,6 +89,7 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.data.select_split = DATASETS[dataset].get("select_split", "val")
     config.data.eval_splits = DATASETS[dataset]["eval_splits"]
     config.data.image_size = 480
+    config.data.letterbox = False  # Pictures keep their shape in the square that they are put into.
     config.data.max_tokens = 20
     # "shapes" (its grammar's own words), a tokenizer file or directory, or a Hugging Face name.
     config.data.tokenizer = "shapes" if embedded else "bert-base-uncased"

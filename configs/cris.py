@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.sentence = "eot"  # The end mark's state; "mean" of the words.
     config.model.prior = 0.0  # Foreground share that the logits start from; 0: as released.
 
-    config.data.image_size = 416
+    config.data.update(image_size=416, letterbox=True)
     config.data.max_tokens = 22 if config.data.dataset == "refcocog" else 17
     config.data.sampling = "ref"
     # The rate falls after 35 of 50 epochs.

@@ -37,6 +37,7 @@ def explain(
     examples: Sequence[Example],
     image_size: int,
     max_tokens: int,
+    letterbox: bool = False,
 ) -> list[tuple[Example, list[Strip]]]:
     """Each example with the strips of what `model` saw in it; none if it does not show any.
 
@@ -46,7 +47,7 @@ def explain(
     if not examples or not getattr(model, "has_details", False):
         return []
     variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
-    images = np.stack([transforms.resize_image(e.image, image_size) for e in examples])
+    images = np.stack([transforms.resize_image(e.image, image_size, letterbox) for e in examples])
     encoded = [tokenizer.encode(e.text, max_tokens)[:2] for e in examples]
     tokens, token_mask = (np.stack(part) for part in zip(*encoded, strict=True))
 
@@ -60,11 +61,13 @@ def explain(
     for i, example in enumerate(examples):
         pieces = tokenizer.tokens(example.text)[1:-1][: max_tokens - 2]
         mine = jax.tree.map(lambda x, i=i: x[i], details)
-        explained.append((example, strips(mine, pieces, example.image)))
+        explained.append((example, strips(mine, pieces, example.image, letterbox)))
     return explained
 
 
-def strips(details: Mapping[str, Any], pieces: Sequence[str], image: np.ndarray) -> list[Strip]:
+def strips(
+    details: Mapping[str, Any], pieces: Sequence[str], image: np.ndarray, letterbox: bool = False
+) -> list[Strip]:
     """Draws the `details` of one image uint8 [H, W, 3], whose expression has these `pieces`.
 
     `details` are those of the head of this file without their leading axis; the first token is a
@@ -74,7 +77,9 @@ def strips(details: Mapping[str, Any], pieces: Sequence[str], image: np.ndarray)
     size = image.shape[:2]
 
     def drawn(values: np.ndarray) -> np.ndarray:
-        return pictures.heat(image, transforms.resize_map(values, *size))
+        if letterbox:  # The picture's edges need not lie between cells.
+            values = transforms.resize_map(values, *(16 * side for side in values.shape))
+        return pictures.heat(image, transforms.resize_map(values, *size, letterbox))
 
     def probability(logits: np.ndarray) -> np.ndarray:
         return drawn(1 / (1 + np.exp(-np.clip(logits, -30, 30))))

@@ -159,6 +159,8 @@ def evaluate(
     image_size: int,
     max_tokens: int,
     batch_size: int,
+    letterbox: bool = False,
+    bicubic: bool = False,
     protocol: str = "original",
     threshold: float = 0.5,
     no_target_area: int = 0,
@@ -181,6 +183,8 @@ def evaluate(
         `predict.make_predict_step`.
       source: the split to score on.
       batch_size: sentences per step, over all processes.
+      letterbox: pictures keep their shape in the square, see `transforms.place`.
+      bicubic: how probabilities get to the pictures' own size; else bilinear.
       protocol: "original" or "input", see the head of this file.
       threshold: a pixel is foreground if its probability is above this.
       no_target_area: a prediction of fewer pixels, where the comparison is made, is taken as
@@ -208,6 +212,7 @@ def evaluate(
         image_size=image_size,
         max_tokens=max_tokens,
         batch_size=batch_size,
+        letterbox=letterbox,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         shuffle_text_seed=0 if shuffle_text else None,
@@ -236,7 +241,7 @@ def evaluate(
                 ref = source[source.locate(j)[0]]
                 if protocol == "original":
                     truth = source.mask(ref)
-                    values = transforms.resize_map(values, *truth.shape)
+                    values = transforms.resize_map(values, *truth.shape, letterbox, bicubic)
                 mask = values > threshold
                 mask &= mask.sum() >= no_target_area
                 rows[-1] = (j, *overlap(mask, truth), mask.sum(), bool(ref.ann_ids))
@@ -245,6 +250,7 @@ def evaluate(
             bar.update()
 
     counts = Counts.from_rows(_gather(np.asarray(rows, np.int32).reshape(-1, 5)))
+    square = (image_size, letterbox) if protocol == "input" else None
     sentences = [sentence(source, j) for j in counts.index.tolist()]
     result = Result(
         name=source.name,
@@ -256,7 +262,7 @@ def evaluate(
         seconds=time.monotonic() - begun,
         counts=counts,
         kinds=tuple(s.kind for s in sentences),
-        examples=tuple(_examples(source, counts, kept, keep_examples, protocol, image_size)),
+        examples=tuple(_examples(source, counts, kept, keep_examples, square)),
         # Of the whole split, so that a part of it has the same scores.
         generalized=any(not source[i].ann_ids for i in range(len(source))),
         no_target_area=no_target_area,
@@ -290,11 +296,11 @@ def _examples(
     counts: Counts,
     kept: Mapping[int, bytes],
     number: int,
-    protocol: str,
-    image_size: int,
+    square: tuple[int, bool] | None,
 ) -> Iterator[Example]:
     """Best, worst, and random ones from between the quartiles, of different images if possible.
 
+    They are in the `square` of such a side and `letterbox`, or at the images' own size.
     The best have a target: a prediction that is rightly empty shows nothing.
     """
     at_hand = counts.select(np.isin(counts.index, list(kept)))
@@ -321,9 +327,9 @@ def _examples(
         for j, iou in picked:
             ref = source[source.locate(j)[0]]
             image, truth = source.image(ref), source.mask(ref)
-            if protocol == "input":
-                image = transforms.resize_image(image, image_size)
-                truth = transforms.resize_mask(truth, image_size)
+            if square:
+                image = transforms.resize_image(image, *square)
+                truth = transforms.resize_mask(truth, *square)
             bits = np.frombuffer(zlib.decompress(kept[j]), np.uint8)
             mask = np.unpackbits(bits, count=truth.size).astype(bool).reshape(truth.shape)
             said = sentence(source, j)

@@ -147,6 +147,7 @@ class Predictor:
       model, variables: the Linen module and what its `apply` takes.
       tokenizer: turns an expression into the model's tokens.
       image_size: side of the square the model sees; images of any size are resized to it.
+      letterbox: they keep their shape in it, see `transforms.place`.
       max_tokens: longest expression, in tokens, that the model reads.
       threshold: probability above which a pixel is foreground.
       no_target_area: a mask of fewer pixels is taken as "there is none".
@@ -161,6 +162,7 @@ class Predictor:
         max_tokens: int,
         threshold: float = 0.5,
         no_target_area: int = 0,
+        letterbox: bool = False,
     ):
         self.variables = variables
         self.tokenizer = tokenizer
@@ -168,6 +170,8 @@ class Predictor:
         self.max_tokens = max_tokens
         self.threshold = threshold
         self.no_target_area = no_target_area
+        self.letterbox = letterbox
+        self._bicubic = getattr(model, "resizes_probabilities", False)
         self._predict = make_predict_step(model)
 
     @classmethod
@@ -186,6 +190,7 @@ class Predictor:
             config.data.max_tokens,
             config.eval.threshold,
             config.eval.get("no_target_area", 0),
+            config.data.get("letterbox", False),
         )
 
     def __call__(
@@ -203,12 +208,13 @@ class Predictor:
         pixels = load_image(image)
         tokens, token_mask, truncated = self.tokenizer.encode(text, self.max_tokens)
         batch = {
-            "image": transforms.resize_image(pixels, self.image_size)[None],
+            "image": transforms.resize_image(pixels, self.image_size, self.letterbox)[None],
             "tokens": tokens[None],
             "token_mask": token_mask[None],
         }
         probability = np.asarray(self._predict(self.variables, batch)[0])
-        probability = transforms.resize_map(probability, *pixels.shape[:2]).clip(0, 1)
+        back = *pixels.shape[:2], self.letterbox, self._bicubic
+        probability = transforms.resize_map(probability, *back).clip(0, 1)
         mask = probability > self.threshold
         mask &= mask.sum() >= self.no_target_area
         return Prediction(mask, probability, truncated)

@@ -220,7 +220,7 @@ def evaluate_run(
             sources[split],
             tokenizer,
             put=lambda batch: to_device(batch, mesh),
-            **evaluation_settings(config, mesh),
+            **evaluation_settings(config, model, mesh),
             **kwargs,
         )
 
@@ -249,6 +249,7 @@ def evaluate_run(
                 [e for e in results[select].examples if e.case != "worst"][:EXPLAINED],
                 config.data.image_size,
                 config.data.max_tokens,
+                config.data.letterbox,
             ),
         )
     summary = {}

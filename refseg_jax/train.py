@@ -203,6 +203,7 @@ class Trainer:
             image_size=config.data.image_size,
             max_tokens=config.data.max_tokens,
             batch_size=config.train.batch_size,
+            letterbox=config.data.letterbox,
             num_steps=self.steps,
             seed=config.seed,
             sampling=config.data.sampling,
@@ -253,8 +254,10 @@ class Trainer:
         )
 
 
-def evaluation_settings(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """The arguments of `evaluate.evaluate` that the config sets, for the devices of `mesh`.
+def evaluation_settings(
+    config: ml_collections.ConfigDict, model: nn.Module, mesh: Mesh
+) -> dict[str, Any]:
+    """The arguments of `evaluate.evaluate` that config and model set, for the devices of `mesh`.
 
     They get batches that they can share evenly, of `eval.batch_size` or a few more.
     """
@@ -262,6 +265,8 @@ def evaluation_settings(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[s
         image_size=config.data.image_size,
         max_tokens=config.data.max_tokens,
         batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
+        letterbox=config.data.letterbox,
+        bicubic=getattr(model, "resizes_probabilities", False),
         protocol=config.eval.protocol,
         threshold=config.eval.threshold,
         no_target_area=config.eval.no_target_area,
@@ -361,7 +366,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             put=put,
             limit=config.eval.limit_in_training,
             verbose=False,
-            **evaluation_settings(config, trainer.mesh),
+            **evaluation_settings(config, trainer.model, trainer.mesh),
         )
         best = checkpoints.save_best(step, state.variables(), result.score)
         scores = result.metrics.items()

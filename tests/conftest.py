@@ -25,6 +25,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """First what processes are set up for during a minute, so that one worker has all of it."""
+    items.sort(key=lambda item: item.path.stem != "test_multihost")
+
+
 def pytest_collection_finish():
     """To look for garbage among all that was imported, after a few new objects, takes long."""
     gc.collect()

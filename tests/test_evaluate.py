@@ -277,7 +277,8 @@ def test_a_part_of_a_split_keeps_the_names_of_its_scores(grefcoco):
     assert list(part.headline) == ["gIoU", "cIoU", "T-acc"]  # N-acc is about none of it.
 
 
-def test_real_refs(test_data):
+@pytest.mark.parametrize("letterbox", [False, True])
+def test_real_refs(test_data, letterbox):
     """The truth itself, seen at the input's resolution, scores near 1 on real photographs."""
     source = ReferSource(test_data / "data" / "refcoco_smoke", "refcoco", "unc", "testA")
     order = iter(range(source.num_sentences))
@@ -285,12 +286,15 @@ def test_real_refs(test_data):
     def truth(variables, batch):
         seen = np.zeros((len(batch["image"]), 96, 96), np.float32)
         for row, j in zip(seen, order, strict=False):
-            row[:] = resize_mask(source.mask(source[source.locate(j)[0]]), 96)
+            row[:] = resize_mask(source.mask(source[source.locate(j)[0]]), 96, letterbox)
         return jnp.asarray(seen)
 
-    result = sweep(truth, source, image_size=96)
+    result = sweep(truth, source, image_size=96, letterbox=letterbox, bicubic=letterbox)
     assert result.sentences == source.num_sentences
     assert result.metrics["mIoU"] > 0.85 and result.metrics["P@0.5"] == 1
+    order = iter(range(source.num_sentences))
+    exact = sweep(truth, source, image_size=96, letterbox=letterbox, protocol="input")
+    assert exact.metrics["mIoU"] == 1
 
 
 _WORKER = """

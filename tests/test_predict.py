@@ -54,6 +54,17 @@ def test_prediction_at_the_image_s_own_size(predictor, photo):
     assert predictor(photo, "the red red red half").truncated
 
 
+def test_a_letterbox_and_back(predictor, photo):
+    boxed = predict.Predictor(
+        Red(), predictor.variables, predictor.tokenizer, SIZE, max_tokens=6, letterbox=True
+    )
+    found = boxed(photo, "the red half")
+    assert found.mask.shape == (32, 50)
+    x0, y0, x1, y1 = found.box  # The grey above and below is not red.
+    assert x0 == 0 and abs(x1 - 20) <= 3 and y0 <= 3 and y1 >= 29
+    assert not (predictor(photo, "red").probability == found.probability).all()
+
+
 def test_nothing_found(predictor):
     found = predictor(np.zeros((9, 9, 3), np.uint8), "red")
     assert (found.area, found.confidence, found.box) == (0, 0.0, None)

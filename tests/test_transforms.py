@@ -53,6 +53,39 @@ def test_resize_map_is_bilinear_with_half_pixel_centres():
     np.testing.assert_allclose(resized, expected[0, 0].numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(30, 40), (50, 21), (7, 7), (1, 300)])
+def test_a_letterbox_keeps_the_shape_of_what_is_in_it(shape):
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(0, 256, (*shape, 3), np.uint8), rng.random(shape) < 0.5
+    left, top, right, bottom = transforms.place(*shape, 64, letterbox=True)
+    w, h = right - left, bottom - top
+    assert max(w, h) == 64 and abs(w * shape[0] - h * shape[1]) <= max(shape)
+    assert abs(left - (64 - right)) <= 1 and abs(top - (64 - bottom)) <= 1
+    inside = np.zeros((64, 64), bool)
+    inside[top:bottom, left:right] = True
+    pictures = transforms.resize_image(image, 64, True), transforms.resize_mask(mask, 64, True)
+    assert (pictures[0][~inside] == transforms.GREY).all() and not pictures[1][~inside].any()
+    for array, whole, resample in zip(
+        pictures, (image, mask), ("BILINEAR", "NEAREST"), strict=True
+    ):
+        expected = Image.fromarray(whole).resize((w, h), Image.Resampling[resample])
+        np.testing.assert_array_equal(array[top:bottom, left:right], np.asarray(expected))
+    # What is seen of a map is what lies in it: all of the rest could be anything.
+    values = np.where(inside, 1.0, np.nan)
+    back = transforms.resize_map(values, *shape, letterbox=True, bicubic=True)
+    assert back.shape == shape
+    np.testing.assert_allclose(back, 1, rtol=1e-6)
+
+
+def test_a_bicubic_map():
+    x, y = np.meshgrid(np.arange(8), np.arange(8))
+    # Of a parabola, away from the border, a cubic leaves nothing out; at half-pixel centres.
+    found = transforms.resize_map(x**2 + y, 16, 16, bicubic=True)
+    u, v = np.meshgrid(np.arange(16), np.arange(16))
+    expected = ((u + 0.5) / 2 - 0.5) ** 2 + (v + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(found[5:11, 5:11], expected[5:11, 5:11], rtol=1e-5)
+
+
 def test_normalize_takes_numpy_and_jax():
     image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     expected = (image / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -101,8 +134,9 @@ def test_read_image_refuses_what_is_no_picture(tmp_path):
         transforms.read_image(tmp_path / "absent.jpg")
 
 
+@pytest.mark.parametrize("letterbox", [False, True])
 @pytest.mark.parametrize("side", [16, 90])
-def test_the_short_way_from_file_to_square_is_the_same(side):
+def test_the_short_way_from_file_to_square_is_the_same(side, letterbox):
     """Or is not taken: where more has to be done to a picture, or it is damaged."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     turned, upright = Image.Exif(), Image.Exif()
@@ -114,8 +148,9 @@ def test_the_short_way_from_file_to_square_is_the_same(side):
         return file.getvalue()
 
     for picture in (stored(), stored(kind="PNG"), stored(exif=upright), stored(quality=100)):
-        expected = transforms.resize_image(transforms.read_image(picture, (60, 80)), side)
-        found = transforms.read_resized(picture, (60, 80), side)
+        whole = transforms.read_image(picture, (60, 80))
+        expected = transforms.resize_image(whole, side, letterbox)
+        found = transforms.read_resized(picture, (60, 80), side, letterbox)
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == np.uint8
         assert transforms.read_resized(picture, (80, 60), side) is None

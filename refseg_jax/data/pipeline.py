@@ -2,7 +2,8 @@
 
 A batch is a dict of NumPy arrays (B = this process's rows of the global batch, S = image size):
 
-    image       uint8 [B, S, S, 3]   not normalised: that happens on the device
+    image       uint8 [B, S, S, 3]   not normalised: that happens on the device; it is stretched to
+                                     the square, or with `letterbox` keeps its shape
     mask        bool  [B, S, S]
     tokens      int32 [B, T]
     token_mask  bool  [B, T]         True = a real token
@@ -51,6 +52,7 @@ class _Batches:
     image_size: int
     max_tokens: int
     batch_size: int
+    letterbox: bool = False
     process_index: int = 0
     process_count: int = 1
 
@@ -71,13 +73,13 @@ class _Batches:
 
     def _picture(self, ref: Ref) -> np.ndarray:
         """uint8 [S, S, 3]; straight from the encoded picture where the source has it."""
-        source, size = self.source, self.image_size
+        source, square = self.source, (self.image_size, self.letterbox)
         if hasattr(source, "image_bytes"):
             file = source.image_file(ref)
-            found = read_resized(source.image_bytes(ref), (file.height, file.width), size)
+            found = read_resized(source.image_bytes(ref), (file.height, file.width), *square)
             if found is not None:
                 return found
-        return resize_image(source.image(ref), size)
+        return resize_image(source.image(ref), *square)
 
     def _load(self, sentences: Sequence[int], texts: Sequence[int]) -> Batch:
         """Image and mask of `sentences`, words of `texts` (sentence numbers); -1 pads."""
@@ -95,7 +97,7 @@ class _Batches:
             text_ref, which = self.source.locate(texts[row])
             said = self.source[text_ref].sentences[which]
             batch["image"][row] = self._picture(ref)
-            batch["mask"][row] = resize_mask(self.source.mask(ref), size)
+            batch["mask"][row] = resize_mask(self.source.mask(ref), size, self.letterbox)
             try:
                 encoded = _encode(self.tokenizer, said.text, self.max_tokens)
             except UserError as error:

@@ -17,6 +17,7 @@ PIXELS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "darknet": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+GREY = (123, 117, 104)  # The mean pixel of CLIP's; what surrounds a letterboxed picture.
 
 
 def read_image(
@@ -55,8 +56,10 @@ def read_image(
     )
 
 
-def read_resized(picture: bytes, size: tuple[int, int], side: int) -> np.ndarray | None:
-    """`resize_image(read_image(picture, size), side)`, the same to the bit, with fewer copies.
+def read_resized(
+    picture: bytes, size: tuple[int, int], side: int, letterbox: bool = False
+) -> np.ndarray | None:
+    """`resize_image(read_image(picture, size), side, letterbox)`, to the bit, with fewer copies.
 
     None if the picture is not a plain one: then those two say what it is, or what is wrong.
     """
@@ -65,7 +68,7 @@ def read_resized(picture: bytes, size: tuple[int, int], side: int) -> np.ndarray
             file.load()
             plain = file.mode == "RGB" and not file.has_transparency_data and not _turned(file)
             if plain and file.size == (size[1], size[0]):
-                return _resize(file, side)
+                return _resize(file, side, letterbox)
     except Exception:  # Whatever is wrong, `read_image` meets it again.
         pass
     return None
@@ -98,33 +101,67 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]: bilinear, antialiased where it shrinks."""
-    return _resize(Image.fromarray(image), size)
+def place(height: int, width: int, size: int, letterbox: bool) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a picture of `height` x `width` in a square of side `size`.
+
+    It fills the square, or, as a letterbox, keeps its shape and lies in the middle.
+    """
+    if not letterbox:
+        return 0, 0, size, size
+    scale = size / max(height, width)
+    h, w = (max(1, round(side * scale)) for side in (height, width))
+    left, top = (size - w) // 2, (size - h) // 2
+    return left, top, left + w, top + h
 
 
-def _resize(image: Image.Image, size: int) -> np.ndarray:
+def resize_image(image: np.ndarray, size: int, letterbox: bool = False) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [size, size, 3]: bilinear, antialiased where it shrinks.
+
+    It lies where `place` says; what a letterbox leaves is grey.
+    """
+    return _resize(Image.fromarray(image), size, letterbox)
+
+
+def _resize(image: Image.Image, size: int, letterbox: bool) -> np.ndarray:
     # Not by draft: JPEG's own halving would give other pixels, and is of no use above half size.
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return _put(image, size, letterbox, Image.Resampling.BILINEAR, GREY)
 
 
-def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+def _put(image: Image.Image, size: int, letterbox: bool, resample, rest) -> np.ndarray:
+    """The square of side `size` with `image` where `place` says, on the colour `rest`."""
+    left, top, right, bottom = place(image.height, image.width, size, letterbox)
+    resized = image.resize((right - left, bottom - top), resample)
+    if resized.size != (size, size):
+        square = Image.new(image.mode, (size, size), rest)
+        square.paste(resized, (left, top))
+        resized = square
+    return np.asarray(resized)
+
+
+def resize_mask(mask: np.ndarray, size: int, letterbox: bool = False) -> np.ndarray:
     """bool [H, W] -> bool [size, size]: a pixel takes the one in which its centre lies.
 
     As `resize_image` and `resize_map` have it, so that image and mask stay in place.
     """
     # Turned: masks come from run-length codes, which go down the columns.
     turned = Image.fromarray(mask.T.view(np.uint8))
-    return np.asarray(turned.resize((size, size), Image.Resampling.NEAREST)).T.view(bool)
+    return _put(turned, size, letterbox, Image.Resampling.NEAREST, 0).T.view(bool)
 
 
-def resize_map(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """float [h, w] -> float32 [height, width]: bilinear with half-pixel centres.
+def resize_map(
+    values: np.ndarray, height: int, width: int, letterbox: bool = False, bicubic: bool = False
+) -> np.ndarray:
+    """float [S, S] -> float32 [height, width]: bilinear, or bicubic, with half-pixel centres.
 
-    Brings a predicted map to a picture's own size (antialiased in the rare case that it shrinks).
+    Brings a map of the square that the model sees to the size of the picture that lies in it as
+    `place` says (antialiased in the rare case that it shrinks). Without `letterbox` the map may
+    have any shape.
     """
     image = Image.fromarray(np.asarray(values, np.float32))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    if letterbox:
+        image = image.crop(place(height, width, image.height, letterbox))
+    resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    return np.asarray(image.resize((width, height), resample))
 
 
 def normalize(image, pixels: str = "imagenet"):
