@@ -12,7 +12,7 @@ from flax import traverse_util
 from refseg_jax.models.encoders.clip import Clip, ClipConfig, ClipText, ClipTextConfig
 from refseg_jax.models.layers.resize import resize_bicubic
 from refseg_jax.weights import resnet
-from refseg_jax.weights.tables import Conversion, Table, convert, convert_variables, inside, shapes
+from refseg_jax.weights.tables import Conversion, Table, convert_variables, inside, shapes
 
 POSITIONS = "visual.attnpool.positional_embedding"
 CONNECT = "visual.attnpool.connect."
@@ -44,7 +44,7 @@ CLIP = Table(
         r"num_batches_tracked$",  # a count that nothing reads
         r"^(logit_scale|logit_bias)$",  # of CLIP's own loss
         r"^(input_resolution|context_length|vocab_size)$",  # sizes, in OpenAI's archives
-        r"^attn_mask$",  # a constant
+        r"(^|\.)attn_mask$",  # a constant
     ),
     parameters={
         "vision/attention_pool/positions": POSITIONS,
@@ -108,16 +108,35 @@ def convert_clip(state: Mapping[str, np.ndarray], variables: Mapping) -> Convers
 
 
 def clip_text_from_hf(state: Mapping[str, np.ndarray], config: ClipTextConfig) -> dict[str, Any]:
-    """Parameters of `ClipText(config)` from CLIPTextModelWithProjection or CLIPModel.
+    """Parameters of `ClipText(config)` from CLIPModel, CLIPTextModelWithProjection, CLIPTextModel.
 
-    Raises UserError as `convert` does.
+    The last has no `projection`, which is then left out. Raises UserError as `convert` does.
+    """
+    return convert_clip_text(state, shapes(ClipText(config), *_TOKENS)).tree["params"]
+
+
+def is_hf(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether these are the arrays of a Hugging Face CLIP."""
+    return any(name.endswith("embeddings.token_embedding.weight") for name in state)
+
+
+def convert_clip_text(state: Mapping[str, np.ndarray], variables: Mapping) -> Conversion:
+    """Fill the variables of a `ClipText` from Hugging Face's CLIP, of whatever image encoder.
+
+    A `projection` that it lacks is left out of the tree, to start from scratch. Raises UserError as
+    `convert_variables` does.
     """
     # Ours is a plain matrix [in, out], as OpenAI's is; theirs is a linear layer's weight.
     state = {
         name: array.T if name == "text_projection.weight" else array
         for name, array in state.items()
     }
-    return convert(state, shapes(ClipText(config), *_TOKENS)["params"], CLIP_TEXT_HF)
+    params, notes = dict(variables["params"]), []
+    if "text_projection.weight" not in state:
+        del params["projection"]
+        notes.append("the projection, which it lacks, from scratch")
+    done = convert_variables(state, {"params": params}, CLIP_TEXT_HF)
+    return dataclasses.replace(done, notes=[*done.notes, *notes])
 
 
 def _on_grid(

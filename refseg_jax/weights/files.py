@@ -13,6 +13,8 @@ from refseg_jax.weights.pytorch import PICKLE_START, ZIP_START, read_pytorch
 
 # In the order in which they are looked for, in a directory and at Hugging Face.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
+# open_clip's, beside which the others may be those of its image encoder alone.
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _SHARDED = tuple(f"{name}.index.json" for name in _WHOLE)
 
 _READABLE = "give safetensors, a file of torch.save, a directory with one, or a Hugging Face name"
@@ -32,9 +34,10 @@ class Checkpoint(NamedTuple):
     beside: list[str]
 
 
-def read_checkpoint(source: str | pathlib.Path) -> Checkpoint:
+def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> Checkpoint:
     """Reads a file, a directory's `model.safetensors` or `pytorch_model.bin`, or a hub's.
 
+    Files of the names `first` come before those two.
     What is not found here but could be a Hugging Face name is asked for there (or in its cache).
     The format is told by the content. No code in a file is ever run.
 
@@ -42,7 +45,7 @@ def read_checkpoint(source: str | pathlib.Path) -> Checkpoint:
         UserError: there is no such checkpoint, or it is damaged, cut short, of another kind, or a
             pickle that names code.
     """
-    path = _locate(source)
+    path = _locate(source, (*first, *_WHOLE))
     return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
 
 
@@ -70,26 +73,26 @@ def _read_file(path: pathlib.Path) -> Checkpoint:
     raise UserError(f"{path} is no checkpoint of a kind that can be read: {_READABLE}")
 
 
-def _locate(source: str | pathlib.Path) -> pathlib.Path:
+def _locate(source: str | pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
-        for name in (*_WHOLE, *_SHARDED):
+        for name in (*names, *_SHARDED):
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"no checkpoint in {path}: it has neither {' nor '.join(_WHOLE)}")
+        raise UserError(f"no checkpoint in {path}: it has neither {' nor '.join(names)}")
     # A suffix says that a file was meant.
     known = path.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
     name = r"[\w-][\w.-]*"
     if path.exists() or known or not re.fullmatch(rf"{name}(/{name})?", str(source)):
         return path
-    return _download(str(source))
+    return _download(str(source), names)
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, files: tuple[str, ...]) -> pathlib.Path:
     import huggingface_hub  # Slow to import, and only names need it.
 
     reasons = []
-    for file in _WHOLE:
+    for file in files:
         try:
             return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
         except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:

@@ -1,5 +1,6 @@
 """Where a new run's parameters start, other than from scratch."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from refseg_jax import checkpoint
 from refseg_jax.errors import UserError
 from refseg_jax.weights import clip, darknet, hf, microsoft, released, resnet
-from refseg_jax.weights.files import read_checkpoint
+from refseg_jax.weights.files import OPEN_CLIP, read_checkpoint
 from refseg_jax.weights.tables import Conversion, Table, brief, closest, convert_variables
 
 # A source, and the variables (shapes) of an encoder -> these, filled.
@@ -31,7 +32,12 @@ def _by(*tables: Table) -> Load:
 
 
 def _clip(source: str, variables: Any) -> Conversion:
-    return clip.convert_clip(read_checkpoint(source).arrays, variables)
+    """Both encoders; of Hugging Face's, whose images are a ViT's, the text encoder alone."""
+    arrays = read_checkpoint(source, OPEN_CLIP).arrays
+    if not clip.is_hf(arrays):
+        return clip.convert_clip(arrays, variables)
+    done = clip.convert_clip_text(arrays, {"params": variables["params"]["text"]})
+    return dataclasses.replace(done, tree={"params": {"text": done.tree["params"]}})
 
 
 # Field of `config.init` -> how it is published. The part of that name in a model is filled.

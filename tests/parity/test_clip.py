@@ -279,9 +279,51 @@ def test_what_does_not_fit(openai, text):
     with pytest.raises(UserError, match=r"positional_embedding \(9, 256\) for our vision/atten"):
         cut = {**openai, "visual.attnpool.positional_embedding": np.zeros((9, 256))}
         clip_from_openai(cut, ClipConfig(VISION, TEXT))
-    state = arrays(text.text_model.state_dict())
-    with pytest.raises(UserError, match=r"1 missing: text_projection\.weight"):
-        clip_text_from_hf(state, TEXT)
+    cut = arrays(text.state_dict())
+    del cut["text_model.final_layer_norm.bias"]
+    with pytest.raises(UserError, match=r"1 missing: final_layer_norm\.bias"):
+        clip_text_from_hf(cut, TEXT)
+
+
+def test_a_text_encoder_without_projection(text):
+    whole = clip_text_from_hf(arrays(text.state_dict()), TEXT)
+    ours = clip_text_from_hf(arrays(text.text_model.state_dict()), TEXT)
+    assert whole.keys() - ours.keys() == {"projection"}
+    jax.tree.map(np.testing.assert_array_equal, {**whole, **ours}, whole)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_run_starts_from_a_text_encoder(text, projected, tmp_path):
+    config = cris.get_config()
+    config.model.vision.embed_dim = TEXT.embed_dim
+    config.model.text.update(dataclasses.asdict(TEXT))
+    config.model.neck_dims = (8, TEXT.hidden, 8)
+    (text if projected else text.text_model).save_pretrained(tmp_path)
+    config.init.clip = str(tmp_path)
+    model = models.build(config.model)
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), 64, 8))
+    loaded, origin = load_initial(config, variables)
+    expected = clip_text_from_hf(arrays(text.state_dict()), TEXT)
+    if not projected:
+        del expected["projection"]
+        assert "the projection, which it lacks, from scratch" in origin
+    jax.tree.map(np.testing.assert_array_equal, loaded, {"params": {"text": expected}})
+    assert f"clip ({len(jax.tree.leaves(expected))} arrays)" in origin and "vision" in origin
+
+
+def test_open_clip_s_names_come_first(openai, tmp_path):
+    config = cris.get_config()
+    config.model.vision.update(dataclasses.asdict(VISION))
+    config.model.text.update(dataclasses.asdict(TEXT))
+    config.model.neck_dims = (8, TEXT.hidden, 8)
+    config.init.clip = str(tmp_path)
+    tower = {k: np.ascontiguousarray(v) for k, v in openai.items() if k.startswith("visual.")}
+    safetensors.numpy.save_file(tower, tmp_path / "model.safetensors")
+    whole = {k: np.ascontiguousarray(v) for k, v in openai.items()}
+    safetensors.numpy.save_file(whole, tmp_path / "open_clip_model.safetensors")
+    model = models.build(config.model)
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), 64, 8))
+    assert load_initial(config, variables)[0]["params"].keys() == {"vision", "text"}
 
 
 @pytest.mark.parametrize("pool", [False, True])
