@@ -31,6 +31,8 @@ def fail(message: str) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Flags from the command line; a bad flag, config or variant is one clear line."""
+    # What a config imports lies beside this package, wherever the command is given.
+    sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
     try:
         remaining = flags.FLAGS(argv)
         if flags.FLAGS.config is None:
@@ -40,7 +42,8 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise UserError(f"unexpected argument {remaining[1]!r}")
         check_processes(*process_flags())
         return remaining
-    except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError) as e:
+    except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError,
+            ImportError) as e:  # fmt: skip
         missing = e.args[0] if e.args and isinstance(e.args[0], KeyError) else e
         if isinstance(missing, KeyError):
             fail(f"the config has no field {missing.args[0]}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import json
 import pathlib
 import sys
@@ -47,12 +46,19 @@ LEAST = {
     "data.max_tokens": 3,  # Two marks and a piece.
     "data.workers": 0,
     "data.threads": 0,
+    # Of models that have it:
+    "model.heads": 1,
+    "model.window": 1,
+    "model.ffn": 1,
+    "model.decoder_layers": 1,
+    "model.doublings": 0,
 }
 
 # Of a disk that is full, or not ours to use.
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
-EXPLAINED = 4  # Examples, at most, of which the report shows how the mask came about.
+# Of how many examples of each case the report shows how the mask came about.
+EXPLAINED = {"best": 2, "middle": 2}
 
 
 def run(
@@ -97,11 +103,14 @@ def _run(
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a UserError where a number of the config is out of its bounds, or a name unknown."""
     for name, least in LEAST.items():
-        value = functools.reduce(lambda part, field: part[field], name.split("."), config)
-        if value < least:
+        section, _, field = name.rpartition(".")
+        value = (config[section] if section else config).get(field, least)
+        if not isinstance(value, tuple) and value < least:
             raise UserError(f"config.{name}={value}: it must be {least} or more")
     if not 0 <= config.eval.threshold <= 1:
         raise UserError(f"config.eval.threshold={config.eval.threshold}: it is a probability")
+    if not 0 <= config.model.get("prior", 0) < 1:
+        raise UserError(f"config.model.prior={config.model.prior}: it is a share of less than all")
     if config.eval.protocol not in evaluate.PROTOCOLS:
         raise UserError(
             f"config.eval.protocol={config.eval.protocol!r} is not one of "
@@ -246,7 +255,11 @@ def evaluate_run(
                 model,
                 variables,
                 tokenizer,
-                [e for e in results[select].examples if e.case != "worst"][:EXPLAINED],
+                [
+                    example
+                    for case, count in EXPLAINED.items()
+                    for example in [e for e in results[select].examples if e.case == case][:count]
+                ],
                 config.data.image_size,
                 config.data.max_tokens,
                 config.data.letterbox,

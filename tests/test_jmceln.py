@@ -388,6 +388,8 @@ def test_recipe():
         (dict(dim=12, doublings=3), "config.model.dim=12 must be a multiple"),
         (dict(stages=-1), "config.model.stages=-1"),
         (dict(levels=5), "config.model.levels=5: there are 4 stages"),
+        (dict(sentence="cls"), "config.model.sentence='cls' is not one of eot, mean"),
+        (dict(dilations=(0, 1)), r"config.model.dilations=\(0, 1\)"),
     ],
 )
 def test_bad_sizes_are_named(changes, message):

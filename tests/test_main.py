@@ -1,6 +1,7 @@
 """The command line: bad input is one clear line and exit status 2; a whole run prints JSON last."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from tests import tiny
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
-def main(*arguments):
+def main(*arguments, cwd=REPO, **env):
     return subprocess.run(
         [sys.executable, "-m", "refseg_jax.main", *arguments],
-        cwd=REPO, capture_output=True, text=True, timeout=600,
+        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -53,6 +54,17 @@ def test_bad_input_is_one_line(arguments, expected, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and expected in lines[0], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_config_is_found_from_elsewhere(tmp_path):
+    """As where the package is installed and not the current folder."""
+    (tmp_path / "refseg_jax").symlink_to(REPO / "refseg_jax")
+    config = f"{REPO}/configs/alignformer.py:refcocco"
+    done = main("--config", config, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "did you mean 'refcoco'" in done.stderr, done.stderr
+    (tmp_path / "own.py").write_text("import nonsense")
+    done = main("--config", f"{tmp_path}/own.py")
+    assert done.returncode == 2 and done.stderr == "error: No module named 'nonsense'\n"
 
 
 def test_a_whole_run_and_evaluating_it_again(tmp_path):

@@ -35,6 +35,8 @@ from tests import preparing, tiny
         ("eval__threshold", float("nan"), "threshold=nan"),
         ("eval__protocol", "orignal", "'orignal' is not one of original, input"),
         ("data__eval_splits", ("val", "tesA"), "tesA"),
+        ("model__heads", 0, "config.model.heads=0: it must be 1 or more"),
+        ("model__prior", 1.0, "config.model.prior=1.0"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(tmp_path, monkeypatch, field, value, message):

@@ -26,9 +26,7 @@ from refseg_jax.models.layers.dropout import Dropout, check_rate
 from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
-from refseg_jax.models.layers.sentence import sentence_vector
-
-SENTENCES = ("eot", "mean")
+from refseg_jax.models.layers.sentence import CLIP_SENTENCES, sentence_vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +53,9 @@ class CRISConfig:
 
     def __post_init__(self):
         check_rate(self.dropout)
-        if self.sentence not in SENTENCES:
+        if self.sentence not in CLIP_SENTENCES:
             raise UserError(
-                f"config.model.sentence={self.sentence!r} is not one of {', '.join(SENTENCES)}"
+                f"config.model.sentence={self.sentence!r} is not one of {', '.join(CLIP_SENTENCES)}"
             )
         if len(self.neck_dims) != 3 or len(self.vision.depths) < 3:
             raise UserError(

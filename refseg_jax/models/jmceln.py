@@ -27,7 +27,7 @@ from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.depthwise import DepthwiseConv
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm, SwitchNorm
 from refseg_jax.models.layers.resize import doubled_conv, resize_bilinear, resized_conv
-from refseg_jax.models.layers.sentence import sentence_vector
+from refseg_jax.models.layers.sentence import CLIP_SENTENCES, sentence_vector
 from refseg_jax.sharding import on_tpus
 
 
@@ -75,6 +75,12 @@ class JMCELNConfig:
                 f"config.model.stages={self.stages} and queries={self.queries} must be at least 0 "
                 "and 1"
             )
+        if self.sentence not in CLIP_SENTENCES:
+            raise UserError(
+                f"config.model.sentence={self.sentence!r} is not one of {', '.join(CLIP_SENTENCES)}"
+            )
+        if not self.dilations or min(self.dilations) < 1:
+            raise UserError(f"config.model.dilations={self.dilations}: they must be 1 or more")
 
 
 class Neck(nn.Module):

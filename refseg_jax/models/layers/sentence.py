@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 SENTENCES = ("cls", "mean")
+CLIP_SENTENCES = ("eot", "mean")  # Of CLIP's text encoder, which has the end mark's state itself.
 
 
 def sentence_vector(language: jax.Array, token_mask: jax.Array, kind: str) -> jax.Array:
