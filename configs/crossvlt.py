@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.align_at = "input"  # Resolution of the alignment loss, or the "stage"'s own.
     config.model.align_dim = 256
     config.model.head_dim = 64
+    config.model.fusion_form = "released"  # "paper": eq. 1-4 as printed.
     config.model.shut_gates = True  # At first, almost.
     config.model.class_weights = (0.9, 1.1)  # Background, foreground.
     config.model.task_weight = 2.0
@@ -61,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if "no_align" in words:
         config.model.align_stages = ()
     if "paper" in words:
-        config.model.update(class_weights=(1.0, 1.0), align_at="stage")
+        config.model.update(class_weights=(1.0, 1.0), align_at="stage", fusion_form="paper")
         config.model.update(task_weight=1.0, align_weight=0.5)
         config.optim.lr = 3e-4
         if not words & {"aux", "no_align"}:  # Which have no temperatures.

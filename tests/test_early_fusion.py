@@ -1,6 +1,7 @@
 """CrossVLT's variants, the recipes of CrossVLT and LAVT, and their way through a training step."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from configs import crossvlt, lavt
 from refseg_jax import models
 from refseg_jax.errors import UserError
 from refseg_jax.losses.segmentation import two_class_loss
-from refseg_jax.models.crossvlt import CrossVLTConfig
+from refseg_jax.models.crossvlt import CrossVLTConfig, PrintedFusion, PrintedUpdate
 from refseg_jax.models.encoders.bert import MemoryAttention
 from refseg_jax.models.layers.early_fusion import PixelWordAttention
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
@@ -72,6 +73,53 @@ def test_paper_and_released_recipes_differ_where_they_should():
     assert "^temperature$" not in frozen[0] and frozen[1]["^temperature$"] == 1
 
 
+def test_equations_as_printed():
+    """Eq. 1-4, in a loop over samples, pixels and heads."""
+    B, n, C, T, D, heads = 2, 5, 12, 4, 6, 3
+    rng = np.random.default_rng(0)
+    vision, language = rng.normal(size=(B, n, C)), rng.normal(size=(B, T, D))
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+    fusion, update = PrintedFusion(C, heads), PrintedUpdate()
+    arrays = jnp.asarray(vision, jnp.float32), jnp.asarray(language, jnp.float32), mask
+    M_hat, params = fusion.init_with_output(jax.random.key(0), *arrays)
+    M, ffn = update.init_with_output(jax.random.key(1), arrays[0], M_hat)
+
+    def linear(layer, x):
+        return x @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"])
+
+    p = params["params"]["attention"]
+    first, second = (ffn["params"]["ffn"][f"Dense_{i}"] for i in (0, 1))
+    for b in range(B):
+        words = language[b, mask[b]]
+        for i in range(n):
+            query = linear(p["query"], vision[b, i])
+            keys, values = linear(p["key"], words), linear(p["value"], words)
+            gathered = []
+            for part in np.split(np.arange(C), heads):
+                weights = np.exp(keys[:, part] @ query[part] / np.sqrt(C // heads))
+                gathered.append(weights / weights.sum() @ values[:, part])
+            expected = linear(p["out"], np.concatenate(gathered)) + vision[b, i]
+            np.testing.assert_allclose(M_hat[b, i], expected, rtol=1e-4, atol=1e-5)
+            hidden = linear(first, expected)
+            hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / np.sqrt(2)))
+            expected = linear(second, hidden) + vision[b, i]
+            np.testing.assert_allclose(M[b, i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_printed_form_replaces_the_released_one():
+    released, paper = (crossvlt.get_config(v) for v in ("refcoco", "refcoco,paper"))
+    released, paper = (
+        traverse_util.flatten_dict(abstract_variables(config)["params"], sep="/")
+        for config in (released, paper)
+    )
+    assert {"fusions_0/mix/kernel", "gates_3/fc1/kernel"} <= released.keys()
+    parts = (path.split("/") for path in paper)
+    names = {part[1] for part in parts if part[0].startswith(("fusions", "gates", "merged"))}
+    assert names == {"attention", "ffn"}
+    query = "fusions_0/attention/query/kernel"
+    assert (released[query].shape, paper[query].shape) == ((128, 256), (128, 128))
+
+
 def test_variants_have_their_parts_only():
     full = paths(crossvlt.get_config())
     assert {"fusions_0", "merged_fusions_0", "language_stages_0/fusion", "temperature"} <= full
@@ -96,6 +144,10 @@ def test_variants_have_their_parts_only():
         ("align_stages", (3, 2)),
         ("language_depths", (2, 0, 2)),
         ("language_depths", (2, 2)),
+        ("fusion_form", "printed"),
+        ("head_dim", 0),
+        ("head_dim", 48),
+        ("align_dim", 0),
     ],
 )
 def test_wrong_fields_are_named(field, value):

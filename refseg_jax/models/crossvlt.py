@@ -25,6 +25,7 @@ from refseg_jax.losses.segmentation import (
 from refseg_jax.models.encoders.bert import Bert, BertConfig, BertLayer
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
+from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.decoder import MaskDecoder
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.early_fusion import (
@@ -32,6 +33,7 @@ from refseg_jax.models.layers.early_fusion import (
     PixelWordAttention,
     pixels_in_one_axis,
 )
+from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.resize import resize_bilinear
 
 
@@ -49,7 +51,8 @@ class CrossVLTConfig:
     align_at: str = "input"  # Where it is scored: "stage" is eq. 7, "input" the released code.
     align_dim: int = 256
     head_dim: int = 64  # Of the pixels' attention.
-    shut_gates: bool = True  # Gates start almost shut, for pretrained encoders.
+    fusion_form: str = "released"  # Of eq. 1-4: "paper" as they are printed.
+    shut_gates: bool = True  # Gates, which are "released", start almost shut, for pretrained parts.
     class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground; eq. 8 has (1, 1).
     task_weight: float = 2.0
     align_weight: float = 1.0  # Eq. 9's lambda, where the task's weight is 1; not in the paper.
@@ -60,6 +63,7 @@ class CrossVLTConfig:
             ("direction", ("bi", "uni")),
             ("align_loss", ("align", "aux")),
             ("align_at", ("input", "stage")),
+            ("fusion_form", ("released", "paper")),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(
@@ -75,6 +79,25 @@ class CrossVLTConfig:
                 f"config.model.language_depths={self.language_depths} are not the layers, one or "
                 f"more each, of language stages {stages[1:]}"
             )
+        for width in self.fusion_widths:
+            if self.head_dim < 1 or width % self.heads(width):
+                raise UserError(
+                    f"config.model.head_dim={self.head_dim} makes no heads of one size in a width "
+                    f"of {width} (those of the fusions are {self.fusion_widths}, of "
+                    f"swin.embed_dim={self.swin.embed_dim})"
+                )
+        if self.align_dim < 1:
+            raise UserError(f"config.model.align_dim={self.align_dim} must be 1 or more")
+
+    @property
+    def fusion_widths(self) -> tuple[int, ...]:
+        """Joint width of each stage's first attention: as released the first has twice its own."""
+        first, *others = self.swin.widths
+        return first * (2 if self.fusion_form == "released" else 1), *others
+
+    def heads(self, width: int) -> int:
+        """Of an attention of that joint width."""
+        return max(1, width // self.head_dim)
 
 
 class PixelFusion(nn.Module):
@@ -94,6 +117,37 @@ class PixelFusion(nn.Module):
         attention = PixelWordAttention(self.dim, self.heads, dtype=self.dtype, name="attention")
         fused = vision + attention(vision, language, token_mask)
         return gelu(Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused))
+
+
+class PrintedFusion(nn.Module):
+    """Eq. 1 and the first half of eq. 2 (or 3) as printed: MHCA(V, L) + V.
+
+    Paper leaves open: what makes queries, keys and values (linear layers), and norms (none).
+    """
+
+    dim: int
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
+        """vision [B, n, C], language [B, T, D], token_mask bool [B, T] -> [B, n, C]."""
+        attention = MultiHeadAttention(self.dim, self.heads, self.dtype, name="attention")
+        return vision + attention(vision, language, language, token_mask)
+
+
+class PrintedUpdate(nn.Module):
+    """Second half of eq. 2 (or eq. 4) as printed: x + FFN(update), [B, n, C] -> same.
+
+    Paper leaves open: the feed-forward block; here four times as wide, with GELU.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        C = x.shape[-1]
+        return x + MLP((4 * C, C), activation=gelu, dtype=self.dtype, name="ffn")(update)
 
 
 class LanguageStage(nn.Module):
@@ -155,13 +209,18 @@ class CrossVLT(nn.Module):
         ]
 
         def fusion(dim):
-            return PixelFusion(dim, max(1, dim // cfg.head_dim), self.dtype)
+            form = PixelFusion if cfg.fusion_form == "released" else PrintedFusion
+            return form(dim, cfg.heads(dim), self.dtype)
 
-        # As released, the first stage attends in twice its width, the others in their own.
-        self.fusions = [fusion(width) for width in (2 * widths[0], *widths[1:])]
-        self.gates = [GatedResidual(self.dtype, cfg.shut_gates) for _ in widths]
+        def gate():
+            if cfg.fusion_form == "paper":
+                return PrintedUpdate(self.dtype)
+            return GatedResidual(self.dtype, cfg.shut_gates)
+
+        self.fusions = [fusion(width) for width in cfg.fusion_widths]
+        self.gates = [gate() for _ in widths]
         self.merged_fusions = [fusion(width) for width in widths[1:]]
-        self.merged_gates = [GatedResidual(self.dtype, cfg.shut_gates) for _ in widths[1:]]
+        self.merged_gates = [gate() for _ in widths[1:]]
         if cfg.align_loss == "aux":
             self.aux_heads = [Dense(1, dtype=self.dtype) for _ in widths]
         elif cfg.align_stages:

@@ -45,7 +45,10 @@ def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> 
         UserError: there is no such checkpoint, or it is damaged, cut short, of another kind, or a
             pickle that names code.
     """
-    path = _locate(source, (*first, *_WHOLE))
+    try:
+        path = _locate(source, (*first, *_WHOLE))
+    except OSError as error:  # Such as a name that is too long for one.
+        raise UserError(f"no checkpoint at {source} ({error.strerror}): {_READABLE}") from error
     return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
 
 
@@ -91,10 +94,16 @@ def _locate(source: str | pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
 def _download(name: str, files: tuple[str, ...]) -> pathlib.Path:
     import huggingface_hub  # Slow to import, and only names need it.
 
+    def fetch(file: str) -> pathlib.Path:
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
+
     reasons = []
-    for file in files:
+    for file in (*files, *_SHARDED):
         try:
-            return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
+            found = fetch(file)
+            for shard in sorted(set(_places(found).values())) if file in _SHARDED else ():
+                fetch(shard)
+            return found
         except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
             reasons.append(f"{file}: {str(error).strip().splitlines()[0]}")
     raise UserError(
@@ -113,16 +122,23 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_shards(index: pathlib.Path) -> Checkpoint:
-    """All files that an index names; each array must come from the one it is said to be in."""
+def _places(index: pathlib.Path) -> dict[str, str]:
+    """The file beside `index` that each array is said to be in."""
     try:
         places = json.loads(index.read_text())["weight_map"]
         places = {name: str(file) for name, file in places.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of checkpoint files: {error!r}") from error
+    for file in places.values():
+        if pathlib.Path(file).name != file or "\0" in file:
+            raise UserError(f"{index} names a file in another directory: {file}")
+    return places
+
+
+def _read_shards(index: pathlib.Path) -> Checkpoint:
+    """All files that an index names; each array must come from the one it is said to be in."""
+    places = _places(index)
     files = sorted(set(places.values()))
-    if outside := [file for file in files if pathlib.Path(file).name != file]:
-        raise UserError(f"{index} names a file in another directory: {outside[0]}")
     shards = {file: _read_file(index.parent / file) for file in files}
     found = {name: file for file, shard in shards.items() for name in shard.arrays}
     if wrong := sorted(name for name, _ in places.items() ^ found.items()):

@@ -51,8 +51,11 @@ _INERT = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"),
     ("_codecs", "encode"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
+    # Where Python 3.13 has them, too.
+    *((m, f"{kind}Path") for m in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    ("torch", "Tensor"),
+    ("torch.nn.parameter", "Buffer"),
+    ("torch.nn.parameter", "Parameter"),
     ("torch", "device"),
     ("torch", "Size"),
     *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64")),
@@ -138,12 +141,17 @@ class _Unpickler(pickle._Unpickler):
         def first(data, *_):
             return data
 
+        def of_type(make, kind, arguments, *_):
+            return make(*arguments)
+
         self._given = {
             **dict.fromkeys(_INERT, Inert),
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor"): tensor,
             ("torch._utils", "_rebuild_tensor_v2"): tensor,
             ("torch._utils", "_rebuild_parameter"): first,
+            ("torch._utils", "_rebuild_parameter_with_state"): first,
+            ("torch._tensor", "_rebuild_from_type_v2"): of_type,
             # TorchScript's lists, and values with their types written beside them.
             **{("torch.jit._pickle", name): first for name in _JIT_VALUES},
         }
@@ -276,7 +284,9 @@ def _unwrap(content: Any) -> tuple[dict[str, _Tensor], list[str]]:
         return _scripted(content), []
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not arrays by name")
-    wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
+    # An empty one is a stand-in, of a model's settings.
+    filled = (n for n in _WRAPPERS if isinstance(content.get(n), dict) and content[n])
+    wrapper = next(filled, None)
     tensors: dict[str, _Tensor] = {}
     beside = []
     for name, value in content.items():

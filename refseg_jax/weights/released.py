@@ -38,7 +38,11 @@ DROPPED = (
 LAVT_TABLE = Table(
     source="released LAVT",
     # `lavt` keeps its BERT apart, `lavt_one` inside.
-    renames=((r"^bert_model\.(module\.|bert_model\.|bert\.)*", "text_encoder."),),
+    renames=(
+        (r"^bert_model\.(module\.|bert_model\.|text_encoder\.|bert\.)*", "text_encoder."),
+        (r"^(text_encoder\..*)\.gamma$", r"\1.weight"),
+        (r"^(text_encoder\..*)\.beta$", r"\1.bias"),
+    ),
     modules={
         **inside("swin/", "backbone.", microsoft.MODULES),
         **inside("bert/", "text_encoder.", BERT.modules),

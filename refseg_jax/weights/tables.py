@@ -124,7 +124,8 @@ def convert_variables(
 
     Raises:
         UserError: once, with every problem: keys missing, unexpected, twice there under two
-            spellings, of a shape that does not make ours, or with values that are not finite.
+            spellings, of a shape that does not make ours, or with values that are not finite, or of
+            a variance below 0.
     """
     keys, twice = {}, []
     for key in state:
@@ -133,7 +134,7 @@ def convert_variables(
             twice.append(f"{key} and {keys[name]}")
         keys[name] = key
 
-    filled, missing, misshaped, infinite, used = {}, [], [], [], set()
+    filled, missing, misshaped, infinite, negative, used = {}, [], [], [], [], set()
     notes: collections.Counter[str] = collections.Counter()
     for place, ours in traverse_util.flatten_dict(variables).items():
         # Statistics lie beside the scale and bias of the same module, so the collection is no
@@ -159,6 +160,8 @@ def convert_variables(
             misshaped.append(f"{got} for our {path} {ours.shape}")
         elif not np.isfinite(array).all():
             infinite.append(" + ".join(names))
+        elif place[-1] == "var" and (array < 0).any():
+            negative += names
         else:
             filled[place] = array
 
@@ -174,9 +177,10 @@ def convert_variables(
         "there twice": twice,
         "of another shape": misshaped,
         "not finite": infinite,
+        "variances below 0": negative,
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(v)} {k}: {brief(v)}" for k, v in problems.items() if v)
+        found = "; ".join(f"{len(v)} {k}: {_all(v)}" for k, v in problems.items() if v)
         raise UserError(
             f"this is not a {table.source} checkpoint of the configured sizes ({found}): "
             "give another one or correct the config"
@@ -200,6 +204,14 @@ def brief(names: Sequence[str], most: int = 8) -> str:
     """The first of `names`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _all(names: Sequence[str], most: int = 40) -> str:
+    """All `names`; of more than `most`, those that differ in numbers as one, and how many."""
+    if len(names) <= most:
+        return ", ".join(names)
+    counted = collections.Counter(re.sub(r"\d+", "*", name) for name in names)
+    return brief([f"{name} ({n})" if n > 1 else name for name, n in counted.items()], 25)
 
 
 # Our leaf -> theirs.

@@ -110,7 +110,13 @@ def test_lavt_in_two_files_by_the_command_line(folder, tmp_path):
     inside |= {"pooler.dense.weight": torch.ones(2, 2)}
     torch.save({"model": outside, "bert_model": inside, "epoch": 39}, tmp_path / "both.pth")
     torch.save({"model": outside}, tmp_path / "image.pth")
-    torch.save({f"module.{name}": x for name, x in inside.items()}, tmp_path / "text.bin")
+    # As older files of Hugging Face have it.
+    spelled = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): x
+        for name, x in inside.items()
+    }
+    assert spelled.keys() != inside.keys()
+    torch.save({f"module.{name}": x for name, x in spelled.items()}, tmp_path / "text.bin")
 
     layers = sizes["bert"]["num_hidden_layers"]
     model = {"bert.layers": layers, "fusion_heads": tuple(sizes["fusion_heads"])}

@@ -66,12 +66,16 @@ def test_shards(tmp_path, format):
         ({"a.weight": "part1", "b": "part1"}, "does not fit its files"),
         ({**places, "b": "part7"}, "no checkpoint at .*part7"),
         ({**places, "b": "../part1"}, "another directory: ../part1"),
+        ({**places, "b": "part\0"}, "another directory"),
         ({**places, "b": index.name}, "no checkpoint of a kind"),
         (["part0"], "not an index"),
     ):
         write(wrong)
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path)
+    index.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not an index"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,9 @@ def test_damaged_safetensors(tmp_path):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("place", ["absent.pth", "some/absent.safetensors", "/a/b", "a/b/c", ".."])
+@pytest.mark.parametrize(
+    "place", ["absent.pth", "some/absent.safetensors", "/a/b", "a/b/c", "..", "x" * 300]
+)
 def test_missing_files_are_not_looked_for_elsewhere(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", pytest.fail)
@@ -149,6 +155,27 @@ def test_hub_names(tmp_path, monkeypatch):
     asked.clear()
     check(read_checkpoint("bert-base-uncased"))
     assert not asked
+
+
+def test_shards_of_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, tensor in TENSORS.items():
+        safetensors.torch.save_file({name: tensor}, cache / f"{name}.safetensors")
+    places = {name: f"{name}.safetensors" for name in TENSORS}
+    (cache / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    asked = []
+
+    def download(name, file):
+        asked.append(file)
+        if not (cache / file).exists():
+            raise huggingface_hub.errors.EntryNotFoundError("404")
+        return str(cache / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    check(read_checkpoint("some/large-model"))
+    assert set(places.values()) <= set(asked)
 
 
 def test_without_a_connection(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Filling BERT from a checkpoint: what is left out, what is refused, and what the message says."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -69,6 +71,22 @@ def test_first_layers_of_a_deeper_model(state):
     assert sorted(loaded.dropped) == ["cls.predictions.bias", "pooler.dense.weight"]
 
 
+def test_every_missing_name_is_said(state):
+    gone = [name for name in state if "layer.0." in name]
+    for name in gone:
+        del state[name]
+    with pytest.raises(UserError) as error:
+        bert_from_hf(state, TINY)
+    assert f"{len(gone)} missing: " in str(error.value)
+    for name in gone:
+        assert name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias") in str(
+            error.value
+        )
+    deep = dataclasses.replace(TINY, layers=20)
+    with pytest.raises(UserError, match=r"encoder\.layer\.\*\.output\.dense\.weight \(20\)"):
+        bert_from_hf(state, deep)
+
+
 def test_all_problems_in_one_error(state):
     del state["bert.embeddings.LayerNorm.gamma"]
     state["bert.encoder.norm.bias"] = np.zeros(8)
@@ -90,6 +108,6 @@ def test_all_problems_in_one_error(state):
 
 def test_another_kind_of_checkpoint_is_a_short_message():
     state = {f"layer.{i}.weight": np.zeros(3) for i in range(500)}
-    with pytest.raises(UserError, match="492 more") as error:
+    with pytest.raises(UserError, match=r"500 unexpected: layer\.\*\.weight \(500\)") as error:
         bert_from_hf(state, TINY)
     assert len(str(error.value)) < 2000

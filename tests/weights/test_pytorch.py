@@ -107,6 +107,19 @@ def test_microsoft_s_settings(save, monkeypatch):
     assert list(arrays) == ["a"] and beside == ["config"]
 
 
+def test_what_else_is_harmless(save):
+    """Settings under a wrapper's name, parameters with attributes, buffers by themselves."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.note = "frozen"
+    content = {
+        "model": argparse.Namespace(name="swin"),
+        "state_dict": {"a": parameter, "b": torch.nn.Buffer(torch.zeros(3))},
+    }
+    arrays, beside = read_pytorch(save(content))
+    assert list(arrays) == ["a", "b"] and beside == ["model"]
+    np.testing.assert_array_equal(arrays["a"], np.ones(2))
+
+
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict"])
 def test_wrappings(save, wrapper):
     content = {wrapper: {"state_dict": {"a": torch.ones(2), "note": "text"}}, "model_ema": {}}
