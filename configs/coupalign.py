@@ -23,6 +23,8 @@ WORDS = ("resnet101", "darknet53", "no_wpa", "uni", "no_sma", "no_aux")
 
 def get_config(variant: str = "") -> ConfigDict:
     words = common.parse_variant(variant, WORDS)
+    if len(words & {"resnet101", "darknet53", "swin_small"}) > 1:
+        raise ValueError(f"config variant {variant!r} names more than one backbone")
     config = common.get_common("coupalign", words)
 
     config.model.backbone = "swin"  # Or "resnet", "darknet":

@@ -57,16 +57,21 @@ def explain(
         return model.apply(variables, images, tokens, token_mask, details=True)["details"]
 
     details = jax.device_get(look(variables, images, tokens, token_mask))
+    stages = getattr(getattr(model, "config", None), "wpa_stages", ())
     explained = []
     for i, example in enumerate(examples):
         pieces = tokenizer.tokens(example.text)[1:-1][: max_tokens - 2]
         mine = jax.tree.map(lambda x, i=i: x[i], details)
-        explained.append((example, strips(mine, pieces, example.image, letterbox)))
+        explained.append((example, strips(mine, pieces, example.image, letterbox, stages)))
     return explained
 
 
 def strips(
-    details: Mapping[str, Any], pieces: Sequence[str], image: np.ndarray, letterbox: bool = False
+    details: Mapping[str, Any],
+    pieces: Sequence[str],
+    image: np.ndarray,
+    letterbox: bool = False,
+    stages: Sequence[int] = (),
 ) -> list[Strip]:
     """Draws the `details` of one image uint8 [H, W, 3], whose expression has these `pieces`.
 
@@ -85,10 +90,11 @@ def strips(
         return drawn(1 / (1 + np.exp(-np.clip(logits, -30, 30))))
 
     result = []
-    for i, attention in enumerate(details.get("word_attention", ()), 1):
+    for i, attention in enumerate(details.get("word_attention", ())):
         maps = (x / x.max() for x in attention[1 : len(pieces) + 1])
         words = tuple((word, drawn(x)) for word, x in zip(pieces, maps, strict=True))
-        result.append(Strip(f"What each word attends to, alignment {i}", words))
+        stage = stages[i] if stages else i + 1
+        result.append(Strip(f"What each word attends to, alignment {stage}", words))
     if "proposals" in details:
         weights = details["proposal_weights"]
         ranking = np.argsort(-weights)

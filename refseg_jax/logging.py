@@ -43,7 +43,10 @@ class MetricWriter:
         self._path.write_text(self._text)
         # A bucket's files cannot grow: there the whole is written again with every row.
         self._file = self._path.open("a") if "://" not in str(workdir) else None
-        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+        # What a killed run has written of later steps does not count.
+        self._board = SummaryWriter(
+            str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1, flush_secs=10
+        )
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,

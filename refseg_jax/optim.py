@@ -33,12 +33,13 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callab
             f"config.optim.warmup_steps={warmup} leaves no steps to decay over: "
             f"the run has {total_steps} steps, and the decay ends at {decay + warmup}"
         )
+    end = config.end_lr / config.lr if config.lr else 1.0
     if config.schedule == "poly":
         main = optax.polynomial_schedule(config.lr, config.end_lr, config.power, decay)
     elif config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(config.lr, decay, config.end_lr / config.lr)
+        main = optax.cosine_decay_schedule(config.lr, decay, end)
     elif config.schedule == "step":
-        main = optax.piecewise_constant_schedule(config.lr, {decay: config.end_lr / config.lr})
+        main = optax.piecewise_constant_schedule(config.lr, {decay: end})
     elif config.schedule == "constant":
         main = optax.constant_schedule(config.lr)
     else:
@@ -57,9 +58,17 @@ def assign_groups(params: Any, groups: Any) -> Any:
     the first regex that is found in the path wins, so each parameter is in exactly one group.
 
     Raises:
-      UserError: a parameter matches no group, or a group matches no parameter.
+      UserError: a parameter matches no group, a group matches no parameter, or it is no such group.
     """
-    patterns = [re.compile(pattern) for pattern, _, _ in groups]
+    try:
+        patterns = [re.compile(pattern) for pattern, lr, decay in groups if min(lr, decay) >= 0]
+        if len(patterns) < len(groups):
+            raise ValueError("a factor is less than 0")
+    except (re.error, TypeError, ValueError) as e:
+        raise UserError(
+            f"config.optim.groups={groups}: each is (path regex, learning-rate factor, "
+            f"weight-decay factor): {e}"
+        ) from e
 
     def group_of(path, _):
         name = path_name(path)
@@ -98,8 +107,13 @@ def make_optimizer(
             weight_decay=decay_factor * config.weight_decay,
         )
 
+    labels = assign_groups(params, config.groups)
     transforms = {i: adamw(lr, decay) for i, (_, lr, decay) in enumerate(config.groups)}
-    tx = optax.multi_transform(transforms, assign_groups(params, config.groups))
+    tx = optax.multi_transform(transforms, labels)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+        # What is frozen has no part in the norm.
+        frozen = jax.tree.map(lambda i: config.groups[i][1] == 0, labels)
+        if any(jax.tree.leaves(frozen)):
+            tx = optax.chain(optax.masked(optax.set_to_zero(), frozen), tx)
     return tx, schedule

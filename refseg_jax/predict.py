@@ -104,7 +104,8 @@ def load_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
     Raises:
       UserError: the file is missing or no image, or the array has another shape or dtype.
     """
-    if isinstance(image, np.ndarray):
+    if hasattr(image, "__array__") and not isinstance(image, Image.Image):
+        image = np.asarray(image)
         if image.ndim == 3 and image.shape[-1] == 1:
             image = image[..., 0]
         try:
@@ -116,9 +117,12 @@ def load_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
                 f"image array {image.dtype}{list(image.shape)} is not an image: "
                 "give uint8 [H, W, 3], [H, W, 4] or [H, W]"
             ) from e
-    if isinstance(image, Image.Image):
+    if not isinstance(image, Image.Image):
+        return transforms.read_image(image)
+    try:
         return transforms.to_rgb(ImageOps.exif_transpose(image))
-    return transforms.read_image(image)
+    except Exception as e:  # A file that is opened but not read may be damaged in any way.
+        raise UserError(f"cannot read the image ({e})") from e
 
 
 def load_run(
@@ -243,6 +247,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise UserError(f"--threshold={arguments.threshold} is no probability")
+    Image.MAX_IMAGE_PIXELS = None  # Of a file that one names oneself, any size is meant.
     # The image first: a mistyped path should not wait for a model to load.
     image = load_image(arguments.image)
     predictor = Predictor.from_workdir(arguments.workdir)
@@ -254,7 +259,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         out = pathlib.Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
-        for name, picture in (("mask", prediction.mask), ("overlay", drawn)):
+        # Black and white in bytes: what reads one bit as a number would have 1 for white.
+        mask = prediction.mask.astype(np.uint8) * 255
+        for name, picture in (("mask", mask), ("overlay", drawn)):
             paths[name] = str(out / f"{pathlib.Path(arguments.image).stem}_{name}.png")
             Image.fromarray(picture).save(paths[name])
     except OSError as e:

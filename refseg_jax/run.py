@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import functools
 import json
+import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,13 +48,16 @@ LEAST = {
     "data.max_tokens": 3,  # Two marks and a piece.
     "data.workers": 0,
     "data.threads": 0,
-    # Of models that have it:
-    "model.heads": 1,
-    "model.window": 1,
-    "model.ffn": 1,
-    "model.decoder_layers": 1,
-    "model.doublings": 0,
+    **dict.fromkeys(("train.steps", "train.epochs"), 0),
+    **dict.fromkeys((f"optim.{rate}" for rate in ("lr", "end_lr", "power", "eps")), 0),
+    **dict.fromkeys((f"optim.{steps}" for steps in ("warmup_steps", "decay_steps")), 0),
+    **dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), 0),
 }
+# Numbers from 0 to less than 1; of a model's sections by their last names.
+SHARES = ("train.ema_decay", "optim.b1", "optim.b2")
+MODEL_SHARES = ("dropout", "drop_path", "prior")
+# A model's whole numbers that may be 0.
+MAY_BE_NONE = ("vocab_size", "stages", "doublings", "layers", "pixel_layers", "generator_layers")
 
 # Of a disk that is full, or not ours to use.
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -103,19 +108,47 @@ def _run(
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a UserError where a number of the config is out of its bounds, or a name unknown."""
     for name, least in LEAST.items():
-        section, _, field = name.rpartition(".")
-        value = (config[section] if section else config).get(field, least)
-        if not isinstance(value, tuple) and value < least:
+        value = _field(config, name)
+        if not least <= value < math.inf:
             raise UserError(f"config.{name}={value}: it must be {least} or more")
+    for name in SHARES:
+        if not 0 <= _field(config, name) < 1:
+            raise UserError(f"config.{name}={_field(config, name)}: it must be from 0 to below 1")
+    if config.seed >= 2**63:
+        raise UserError(f"config.seed={config.seed}: it must be less than 2 to the power of 63")
+    _check_model(config.model, "config.model")
     if not 0 <= config.eval.threshold <= 1:
         raise UserError(f"config.eval.threshold={config.eval.threshold}: it is a probability")
-    if not 0 <= config.model.get("prior", 0) < 1:
-        raise UserError(f"config.model.prior={config.model.prior}: it is a share of less than all")
     if config.eval.protocol not in evaluate.PROTOCOLS:
         raise UserError(
             f"config.eval.protocol={config.eval.protocol!r} is not one of "
             f"{', '.join(evaluate.PROTOCOLS)}"
         )
+
+
+def _field(config: ml_collections.ConfigDict, name: str) -> Any:
+    """The field of a dotted name."""
+    return functools.reduce(lambda part, field: part[field], name.split("."), config)
+
+
+def _check_model(section: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError where a number of `section`, of the model's, is none for its kind."""
+    for name, value in section.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            _check_model(value, f"{where}.{name}")
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if name in MODEL_SHARES:
+                fits, bounds = 0 <= number < 1, "from 0 to below 1"
+            elif name.endswith("temperature"):
+                fits, bounds = 0 < number < math.inf, "more than 0"
+            else:
+                least = int(isinstance(number, int) and name not in MAY_BE_NONE)
+                fits, bounds = least <= number < math.inf, f"{least} or more"
+            if not fits:
+                raise UserError(f"{where}.{name}={value}: it must be {bounds}")
 
 
 @contextlib.contextmanager
@@ -208,9 +241,9 @@ def evaluate_run(
     """Scores the best checkpoint on every evaluation split; writes the table, JSON and report.
 
     Returns what the summary says of it: {split}/mIoU and {split}/oIoU of each split,
-    {select_split}/mIoU_shuffled (the control: the same model, each image given another one's
-    expression; left out where one ref has more than half of them), report. Where expressions may
-    fit nothing it is gIoU, cIoU, N-acc and T-acc.
+    {split}/mIoU_shuffled of select_split and val (the control: the same model, each image given
+    another one's expression; left out where one ref has more than half of them), report. Where
+    expressions may fit nothing it is gIoU, cIoU, N-acc and T-acc.
 
     Raises:
       UserError: there is no checkpoint, it does not fit, or a split is missing.
@@ -234,13 +267,15 @@ def evaluate_run(
         )
 
     results = {split: sweep(split, keep_examples=config.eval.examples) for split in sources}
-    everything = dict(results)
-    try:
-        shuffled = everything[f"{select} (shuffled expressions)"] = sweep(select, shuffle_text=True)
-    except CannotShuffle as error:
-        shuffled = None
-        if jax.process_index() == 0:
-            print(f"{select}: no control, {error}", file=sys.stderr)
+    controls = {}
+    for split in dict.fromkeys(name for name in (select, "val") if name in sources):
+        try:
+            controls[split] = sweep(split, shuffle_text=True)
+        except CannotShuffle as error:
+            if jax.process_index() == 0:
+                print(f"{split}: no control, {error}", file=sys.stderr)
+    shuffled = {f"{split} (shuffled expressions)": control for split, control in controls.items()}
+    everything = {**results, **shuffled}
     report = epath.Path(workdir) / "report.html"
     if jax.process_index() == 0:
         print(evaluate.format_table(everything))
@@ -268,6 +303,6 @@ def evaluate_run(
     summary = {}
     for split, result in results.items():
         summary |= {f"{split}/{name}": round(v, 4) for name, v in result.headline.items()}
-    if shuffled:
-        summary[f"{select}/{shuffled.score_name}_shuffled"] = round(shuffled.score, 4)
+    for split, control in controls.items():
+        summary[f"{split}/{control.score_name}_shuffled"] = round(control.score, 4)
     return {**summary, "report": str(report)}

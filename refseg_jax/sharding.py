@@ -115,13 +115,25 @@ def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**1
     is 1 the moments take it over "data": every device has the parameters, but updates only those of
     its own share, which all then gather (arXiv:2004.13336; ZeRO's first stage). Averages (`ema`)
     are not shared so.
+
+    Raises:
+      UserError: a rule is none, or does not fit a leaf.
     """
 
     def spec(path, leaf):
         name = path_name(path)
-        for pattern, axes in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, PartitionSpec(*axes))
+        for rule in rules:
+            try:
+                pattern, axes = rule
+                if re.search(pattern, name):
+                    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+                    sharding.shard_shape(leaf.shape)  # Fails where it does not fit.
+                    return sharding
+            except (re.error, TypeError, ValueError) as e:
+                raise UserError(
+                    f"config.mesh.rules: {rule} is not (path regex, an axis of {AXES} or None per "
+                    f"dimension) that fits {name} {leaf.shape}: {e}"
+                ) from e
         of_data = name.startswith("opt_state/") and mesh.shape["fsdp"] == 1
         axis = "data" if of_data else "fsdp"
         return NamedSharding(mesh, largest_divisible(leaf.shape, axis, mesh.shape[axis], min_size))

@@ -383,7 +383,8 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
         since, compiling = time.time(), first.compiling
         score(start, state)
         first.begun, first.compiling = first.begun + time.time() - since, compiling
-    record = Recorder(writer, trainer.schedule, config.train, start)
+    record = Recorder(writer, trainer.schedule, config.train, start, total)
+    norm = jax.jit(optax.tree.norm)
     batches = trainer.batches(start) if start < total else iter(())
     for step, batch in enumerate(batches, start + 1):
         batch = to_device(batch, trainer.mesh)
@@ -398,7 +399,8 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
         stopping, evaluating = stop.after(step), evaluation_due(step)
         if not (evaluating or stopping or step % config.train.checkpoint_every == 0):
             continue
-        record.flush()  # A step that went wrong must not be saved.
+        record.flush()  # A step that went wrong must not be saved,
+        check_finite("the parameters' norm", float(norm(state.params)), step)  # nor its update.
         checkpoints.save_last(state)
         if stopping:
             raise stopped(step)
@@ -419,11 +421,24 @@ def _scored(workdir: str, step: int, split: str) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
 
 
+def check_finite(name: str, value: float, step: int) -> None:
+    """Raises a UserError where a number of a step is not finite."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"{name} is {value} at step {step}: the run stops here and the last good checkpoint is "
+            "kept. Try a lower config.optim.lr, config.optim.clip_norm or "
+            "config.optim.warmup_steps in a new workdir"
+        )
+
+
 class Recorder:
     """Metrics of step n, fetched after step n + 1 is dispatched; stops the run if not finite."""
 
-    def __init__(self, writer: MetricWriter, schedule: Callable, config: Any, start: int):
+    def __init__(
+        self, writer: MetricWriter, schedule: Callable, config: Any, start: int, total: int
+    ):
         self.writer, self.schedule, self.config = writer, schedule, config
+        self.total = total
         self.pending = None
         self.saved = start
         self.rows = []
@@ -446,16 +461,11 @@ class Recorder:
     def _take(self, step, scalars):
         scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(scalars[name]):
-                raise UserError(
-                    f"{name} is {scalars[name]} at step {step}: the run stops here and the last "
-                    "good checkpoint is kept. Try a lower config.optim.lr, config.optim.clip_norm "
-                    "or config.optim.warmup_steps in a new workdir"
-                )
+            check_finite(name, scalars[name], step)
         self.writer.advance(step)
         self.rows.append(scalars)
         self.counted += 1
-        if step % self.config.log_every == 0:
+        if step % self.config.log_every == 0 or step == self.total:
             means = {k: float(np.mean([row[k] for row in self.rows])) for k in scalars}
             seconds = time.perf_counter() - self.since
             means["lr"] = float(self.schedule(jnp.asarray(step - 1)))

@@ -51,11 +51,19 @@ def test_majority_downsample():
     mask = np.zeros((1, 6, 8), bool)
     mask[0, :4, :2] = True  # 8 of 16: a tie goes to the foreground.
     mask[0, 0, 4:8] = mask[0, 1, 4:7] = True  # 7 of 16.
-    mask[0, 4:, :4] = True  # 8 of 16, the lower half of the block being padding.
-    mask[0, 4:, 4:7] = True  # 6 of 16.
+    mask[0, 4:, :2] = True  # 4 of the 8 pixels that the block has.
+    mask[0, 4, 4:7] = True  # 3 of 8.
     labels = majority_downsample(jnp.asarray(mask), 4)
     assert labels.dtype == bool
     np.testing.assert_array_equal(labels, [[[True, False], [True, False]]])
+    for side in (1, 5, 6, 7, 8):  # The border is what it is, whatever the size.
+        assert majority_downsample(jnp.ones((1, side, side), bool), 4).all()
+    for factor in (2, 4):
+        expected = np.random.default_rng(factor).random((2, 11, 9)) < 0.5
+        found = majority_downsample(jnp.asarray(expected), factor)
+        for b, i, j in np.ndindex(found.shape):
+            block = expected[b, factor * i : factor * (i + 1), factor * j : factor * (j + 1)]
+            assert found[b, i, j] == (2 * block.sum() >= block.size)
     assert majority_downsample(jnp.zeros((2, 9, 5), bool)).shape == (2, 3, 2)
 
 

@@ -32,6 +32,26 @@ def test_warmup_then_decay_and_constant_end():
     np.testing.assert_allclose([schedule(100), schedule(999)], 1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["poly", "cosine", "step", "constant"])
+def test_a_rate_of_zero(schedule):
+    assert make_schedule(config(lr=0.0, schedule=schedule), 10)(3) == 0
+
+
+def test_what_is_frozen_has_no_part_in_clipping():
+    groups = ((r"^norm", 0.0, 0.0), (r"", 1.0, 0.0))
+    updates = []
+    for scale in (1.0, 1e6):
+        # A large epsilon, so that Adam does not take the length away again.
+        tx, _ = make_optimizer(config(clip_norm=1.0, eps=1.0, groups=groups), PARAMS, 100)
+        grads = {
+            "norm": {"scale": jnp.full(3, scale)},
+            "dense": jax.tree.map(jnp.ones_like, PARAMS["dense"]),
+        }
+        updates.append(tx.update(grads, tx.init(PARAMS), PARAMS)[0])
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+    assert not updates[0]["norm"]["scale"].any() and updates[0]["dense"]["bias"].all()
+
+
 def test_warmup_longer_than_the_run_is_an_error():
     with pytest.raises(UserError, match="warmup_steps=10"):
         make_schedule(config(warmup_steps=10), 10)
@@ -47,7 +67,15 @@ def test_first_matching_group_wins_and_covers_each_parameter_once():
 
 @pytest.mark.parametrize(
     "groups, message",
-    [(((r"bias$", 1, 1),), "dense/kernel"), (((r"", 1, 1), (r"never", 1, 1)), "never")],
+    [
+        (((r"bias$", 1, 1),), "dense/kernel"),
+        (((r"", 1, 1), (r"never", 1, 1)), "never"),
+        (((r"", 1),), "each is .path regex"),
+        (((r"(", 1, 1),), "each is .path regex"),
+        (((r"", "x", 1),), "each is .path regex"),
+        (((r"", -1, 1),), "less than 0"),
+        ((r"a", 1.0, 0.0), "each is .path regex"),
+    ],
 )
 def test_uncovered_parameter_and_unused_group_are_errors(groups, message):
     with pytest.raises(UserError, match=message):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from benchmarks.pixel_contrast import all_pairs_loss
 from refseg_jax.losses import pixel_contrast
@@ -123,6 +124,17 @@ def test_bfloat16_and_zero_vectors():
     loss, gradient = step(pixels)
     assert loss.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
     assert np.isfinite(loss) and np.isfinite(np.asarray(gradient, np.float32)).all()
+
+
+def test_wider_numbers_stay_wide():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        pixels = jnp.asarray(rng.normal(size=(2, 12, 3)))
+        labels = jnp.asarray(rng.random((2, 12)) < 0.4)
+        assert pixel_contrast_loss(pixels, labels).dtype == jnp.float64
+        check_grads(lambda x: pixel_contrast_loss(x, labels).sum(), (pixels,), 1, modes=["rev"])
+        as_numbers = pixel_contrast_loss(pixels, labels.astype(jnp.int32))
+        np.testing.assert_array_equal(as_numbers, pixel_contrast_loss(pixels, labels))
 
 
 def test_batch_split_over_devices(maps):

@@ -65,6 +65,11 @@ def test_a_letterbox_and_back(predictor, photo):
     assert not (predictor(photo, "red").probability == found.probability).all()
 
 
+def test_arrays_of_jax(predictor, photo):
+    found = [predictor(image, "red").mask for image in (photo, jnp.asarray(photo))]
+    np.testing.assert_array_equal(*found)
+
+
 def test_nothing_found(predictor):
     found = predictor(np.zeros((9, 9, 3), np.uint8), "red")
     assert (found.area, found.confidence, found.box) == (0, 0.0, None)
@@ -125,6 +130,8 @@ def test_bad_input_is_a_user_error(predictor, photo, tmp_path):
     for name in ("text.jpg", "cut.jpg", ""):
         with pytest.raises(UserError, match="image"):
             predictor(tmp_path / name, "red")
+    with pytest.raises(UserError, match="cannot read the image"):
+        predictor(Image.open(tmp_path / "cut.jpg"), "red")
     for text in ("", "  "):
         with pytest.raises(UserError):
             predictor(photo, text)
@@ -168,6 +175,7 @@ def test_command_line(workdir, photo, tmp_path, capsys):
     mask = np.asarray(Image.open(tmp_path / "new" / "out" / "a.b_mask.png"))
     overlay = Image.open(tmp_path / "new" / "out" / "a.b_overlay.png")
     assert mask.shape == (32, 50) and overlay.height > 32
+    assert mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
 
     arguments[5] = "red " * 9
     assert predict.main([*arguments, "--json", "--threshold", "1"]) == 0

@@ -35,8 +35,17 @@ from tests import preparing, tiny
         ("eval__threshold", float("nan"), "threshold=nan"),
         ("eval__protocol", "orignal", "'orignal' is not one of original, input"),
         ("data__eval_splits", ("val", "tesA"), "tesA"),
+        ("seed", 2**64, "config.seed="),
+        ("train__ema_decay", 1.0, "config.train.ema_decay=1.0: it must be from 0 to below 1"),
+        ("optim__clip_norm", -1.0, "config.optim.clip_norm=-1.0: it must be 0 or more"),
+        ("optim__lr", float("inf"), "config.optim.lr=inf"),
+        ("optim__warmup_steps", -3, "config.optim.warmup_steps=-3"),
         ("model__heads", 0, "config.model.heads=0: it must be 1 or more"),
-        ("model__prior", 1.0, "config.model.prior=1.0"),
+        ("model__prior", 1.0, "config.model.prior=1.0: it must be from 0 to below 1"),
+        ("model__swin__drop_path", 1.0, "config.model.swin.drop_path=1.0"),
+        ("model__swin__window", 0, "config.model.swin.window=0"),
+        ("model__swin__depths", (1, 0, 1, 1), "config.model.swin.depths"),
+        ("model__cmic_weight", -1.0, "config.model.cmic_weight=-1.0"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(tmp_path, monkeypatch, field, value, message):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from refseg_jax.errors import UserError
 from refseg_jax.sharding import make_mesh, state_sharding
 from refseg_jax.train_state import init_state
 
@@ -42,6 +43,14 @@ def test_the_first_rule_that_fits_wins():
     params, moments = places(2, 1, rules)
     assert params == {"wide": ("data", None), "odd": ("data", None), "small": ()}
     assert moments == {"wide": (), "odd": ("data", None), "small": ()}
+
+
+@pytest.mark.parametrize(
+    "rule", [("(", ("data",)), ("wide",), ("wide", ("nope",)), ("wide", ("data",) * 9)]
+)
+def test_a_rule_that_is_none_is_named(rule):
+    with pytest.raises(UserError, match="config.mesh.rules: "):
+        places(2, 1, (rule,))
 
 
 def test_one_device_holds_everything():

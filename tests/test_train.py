@@ -13,6 +13,7 @@ import pytest
 
 from refseg_jax import checkpoint, run, train
 from refseg_jax.errors import UserError
+from refseg_jax.logging import read_metrics
 from tests import tiny
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -121,16 +122,24 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
         assert checkpoints.last.latest_step() is None
 
     monkeypatch.setattr(train, "normalize_for", real)
-    config.train.steps = 2
+    wild = tiny.config(optim__lr=1e25, train__steps=1)  # Its loss is fine, what it leaves is not.
+    with pytest.raises(UserError, match="parameters' norm is inf at step 1"):
+        train.train(wild, run.prepare(wild, str(tmp_path / "wild")), str(tmp_path / "wild"))
+    with checkpoint.Checkpoints(str(tmp_path / "wild")) as checkpoints:
+        assert checkpoints.last.latest_step() is None
+
+    config.train.update(steps=3, log_every=2)
     (tmp_path / "config.json").unlink()
     train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
+    rows = [row for row in read_metrics(str(tmp_path)) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 3]  # Nothing is lost at the end.
     (tmp_path / "config.json").unlink()
     config.train.steps = 5
     monkeypatch.setattr(train, "normalize_for", lambda *a: real(*a) * np.inf)
-    with pytest.raises(UserError, match="at step 3"):
+    with pytest.raises(UserError, match="at step 4"):
         train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
     with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
-        assert checkpoints.last.latest_step() == 2
+        assert checkpoints.last.latest_step() == 3
 
 
 def test_a_changed_config_is_not_resumed(tmp_path):

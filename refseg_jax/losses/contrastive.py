@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 
 def unit_length(x: jax.Array) -> jax.Array:
-    """Every vector [..., C] to length 1, in float32, for cosines; a zero vector stays one."""
-    x = x.astype(jnp.float32)
+    """Every vector [..., C] to length 1, in float32 or x's wider type; a zero vector stays one."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 

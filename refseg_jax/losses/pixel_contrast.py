@@ -33,11 +33,12 @@ def pixel_contrast_loss(
 
     Args:
         pixels: Y_1 [B,S,C].
-        labels: bool [B,S], True = foreground.
+        labels: bool [B,S], True = foreground (or numbers, 0 = background).
         temperature: tau.
         normalize: scale the vectors to length 1 first. (Their class means are not scaled.)
         block: pixels whose pairs are in memory at a time.
     """
+    labels = labels.astype(bool)
     plain = functools.partial(contrast, temperature=temperature, normalize=normalize, block=block)
     if normalize and fits_kernel(pixels, temperature):
         kernel = functools.partial(contrast_in_kernel, temperature=temperature)
@@ -49,11 +50,13 @@ def contrast(
     pixels: jax.Array, labels: jax.Array, temperature: float, normalize: bool, block: int
 ) -> jax.Array:
     """`pixel_contrast_loss` in XLA's operations."""
-    vectors = unit_length(pixels) if normalize else pixels.astype(jnp.float32)
+    wide = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
+    vectors = unit_length(pixels) if normalize else wide
     vectors /= math.sqrt(temperature)  # Each product of two of them is over tau.
     member = jnp.stack([~labels, labels], axis=1)
     count = member.sum(2, keepdims=True)
-    share = member / jnp.maximum(count, 1)  # [B,2,S]: 1/|N| in row 0, 1/|P| in row 1.
+    # [B,2,S]: 1/|N| in row 0, 1/|P| in row 1.
+    share = (member / jnp.maximum(count, 1)).astype(vectors.dtype)
     prototypes = jnp.einsum("bks,bsc->bkc", share, vectors)
     similarity = jnp.einsum("bsc,bkc->bks", vectors, prototypes)
     own = jnp.where(labels, similarity[:, 1], similarity[:, 0])

@@ -43,8 +43,8 @@ def two_class_loss(
 def majority_downsample(mask: jax.Array, factor: int = 4) -> jax.Array:
     """Labels of a grid `factor` times coarser, by majority: bool [B,H,W] -> [B,h,w].
 
-    h = ceil(H / factor), w = ceil(W / factor): beyond the right and bottom border there is
-    background. Of a tie the foreground, the rarer class, gets the block.
+    h = ceil(H / factor), w = ceil(W / factor): blocks at the right and bottom border may have fewer
+    pixels. Of a tie the foreground, the rarer class, gets the block.
     """
 
     def cells(pixels: int) -> np.ndarray:
@@ -56,7 +56,10 @@ def majority_downsample(mask: jax.Array, factor: int = 4) -> jax.Array:
     # of up to 256 pixels, so of a column of a cell, are exact.
     height, width = (cells(n) for n in mask.shape[1:])
     columns = jnp.einsum("bHW,Hh->bhW", mask.astype(jnp.float32), height)
-    return 2 * jnp.einsum("bhW,Ww->bhw", columns, width) >= factor**2
+    pixels = np.outer(height.sum(0), width.sum(0))  # Of each cell.
+    if (pixels == factor**2).all():
+        pixels = factor**2
+    return 2 * jnp.einsum("bhW,Ww->bhw", columns, width) >= pixels
 
 
 def nearest_downsample(mask: jax.Array, size: tuple[int, int]) -> jax.Array:
