@@ -129,7 +129,7 @@ def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**1
                     sharding = NamedSharding(mesh, PartitionSpec(*axes))
                     sharding.shard_shape(leaf.shape)  # Fails where it does not fit.
                     return sharding
-            except (re.error, TypeError, ValueError) as e:
+            except (re.error, IndexError, TypeError, ValueError) as e:
                 raise UserError(
                     f"config.mesh.rules: {rule} is not (path regex, an axis of {AXES} or None per "
                     f"dimension) that fits {name} {leaf.shape}: {e}"

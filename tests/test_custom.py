@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -127,6 +128,46 @@ def test_black_of_a_jpeg_is_no_region(photos):
         entry = {"image": "b.png", "mask": "mask.jpg", "sentences": ["drawn"]}
         (source,) = (s for s in read(photos, [entry]).values() if len(s))
         np.testing.assert_array_equal(source.mask(source[0]), region)
+
+
+def mask_files(region):
+    """Name -> a picture of `region` and how it is saved, as editors and scripts make them."""
+    grey = Image.fromarray(255 * region.astype(np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (*region.shape, 3), np.uint8)
+    cut_out = Image.fromarray(noise)
+    cut_out.putalpha(grey)
+    paint = Image.new("LA", grey.size, 0)  # Black on nothing.
+    paint.putalpha(grey)
+    white_first = Image.fromarray(1 - region.astype(np.uint8), "P")
+    white_first.putpalette([255, 255, 255, 0, 0, 0])
+    labels = Image.fromarray(3 * region.astype(np.uint8), "P")
+    labels.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    opaque = grey.convert("RGB")
+    opaque.putalpha(255)
+    return {
+        "cut out.png": (cut_out, {}),
+        "paint.png": (paint, {}),
+        "white first.png": (white_first, {}),
+        "labels.png": (labels, {}),
+        "opaque.png": (opaque, {}),
+        "few.png": (grey.convert("RGB").quantize(2), {}),
+        "a.gif": (grey.convert("RGB"), {}),
+        "lossy.webp": (grey.convert("RGB"), {"quality": 50}),
+        "jpeg.tif": (grey.convert("RGB"), {"compression": "jpeg"}),
+        "colours.tif": (grey.convert("RGB").convert("YCbCr"), {}),
+        "bits.png": (grey.convert("1"), {}),
+        "deep.png": (Image.fromarray(region.astype(np.uint16)), {}),
+        "floats.tif": (Image.fromarray(region.astype(np.float32)), {}),
+    }
+
+
+def test_masks_of_every_make(tmp_path):
+    region = np.zeros((32, 48), bool)
+    region[8:24, 16:40] = True
+    for name, (picture, options) in mask_files(region).items():
+        picture.save(tmp_path / name, **options)
+        found = custom._read_mask(tmp_path / name)
+        assert (found == region).mean() > (0.97 if "lossy" in name else 0.9999), name
 
 
 def test_a_turned_photo_is_upright(photos):
@@ -257,6 +298,22 @@ def test_a_plain_folder(tmp_path):
         assert source.image_file(ref).name == f"{image}.jpg"
         assert [s.text for s in ref.sentences] == [f"the {name}", "café"]
         np.testing.assert_array_equal(source.mask(ref), box(number, 2, number + 9, 12))
+
+
+def test_folders_inside_are_read_and_hidden_files_are_not(tmp_path):
+    root = make_folder(tmp_path / "photos")
+    for kind, name in (("images", "a.jpg"), ("masks", "a.png"), ("expressions", "a.txt")):
+        inside = root / kind / "trip" / "day 1"
+        inside.mkdir(parents=True)
+        spelled = "cafe\u0301" if kind == "images" else "caf\u00e9"
+        shutil.copy(root / kind / name, inside / (spelled + name[1:].upper()))
+        (root / kind / f"._{name}").write_bytes(b"of a file system")
+    sources = custom.read_folder(root, name="mine")
+    refs = [(source, source[i]) for source in sources.values() for i in range(len(source))]
+    names = {source.image_file(ref).name for source, ref in refs}
+    assert len(refs) == 5 and "trip/day 1/cafe\u0301.JPG" in names
+    for source, ref in refs:
+        assert source.image(ref).shape[:2] == source.mask(ref).shape
 
 
 def mask_without_words(root):

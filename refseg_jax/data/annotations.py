@@ -13,7 +13,7 @@ from refseg_jax.errors import UserError
 
 _INSTANCE_FIELDS = {
     "images": {"id": int, "file_name": str, "height": int, "width": int},
-    "annotations": {"id": int, "image_id": int, "segmentation": (list, dict)},
+    "annotations": {"id": int, "image_id": int},
     "categories": {"id": int, "name": str},
 }
 
@@ -60,6 +60,12 @@ class _PlainUnpickler(pickle._Unpickler):
         ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1"),
     }
 
+    def _decode_string(self, value: bytes) -> str:
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin-1")
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return self._ADMITTED[module, name]
@@ -70,7 +76,9 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def read(path: pathlib.Path) -> Any:
-    """Contents of a JSON file, or of a pickle of plain data (Python 2's strings taken as UTF-8).
+    """Contents of a JSON file, or of a pickle of plain data.
+
+    Python 2's strings are taken as UTF-8, or where they are none as latin-1.
 
     Raises:
       UserError: the file is missing or damaged, or holds more than plain data.
@@ -80,7 +88,7 @@ def read(path: pathlib.Path) -> Any:
             if path.suffix == ".json":
                 return json.load(file)
             data = io.BytesIO(file.read())
-            return _PlainUnpickler(data, encoding="utf-8", errors="replace").load()
+            return _PlainUnpickler(data).load()
     # A damaged pickle can raise almost anything.
     except Exception as error:
         raise UserError(
@@ -94,14 +102,21 @@ def read_records(path: pathlib.Path, fields: dict[str, type | tuple]) -> list[di
 
 
 def check_records(value: Any, fields: dict[str, type | tuple], where: str) -> list[dict]:
-    """`value`, made sure to be a list of dicts with these fields of these types, or a UserError."""
+    """`value`, made sure to be a list of dicts with these fields of these types, or a UserError.
+
+    Numbers have up to 64 bits: what has thousands of digits cannot even be written into a message.
+    """
     if not isinstance(value, list):
         raise UserError(f"{where}: a list is expected, not {type(value).__name__}")
     for number, record in enumerate(value):
         for field, kind in fields.items():
             found = record.get(field) if isinstance(record, dict) else None
             # To Python, True is a number.
-            if not isinstance(found, kind) or isinstance(found, bool):
+            if (
+                not isinstance(found, kind)
+                or isinstance(found, bool)
+                or (isinstance(found, int) and not -(2**63) <= found < 2**63)
+            ):
                 raise UserError(f"{where}: record {number} lacks a usable {field!r}")
     return value
 
@@ -115,10 +130,17 @@ def instance_tables(path: pathlib.Path) -> dict[str, dict[int, dict]]:
     tables = read(path)
     if not isinstance(tables, dict):
         raise UserError(f"{path}: a JSON object is expected, not {type(tables).__name__}")
+    tables = {"categories": [], **tables}  # Not everybody names what is seen.
     return {
         name: _by_id(check_records(tables.get(name), fields, f"{path}, {name}"), f"{path}, {name}")
         for name, fields in _INSTANCE_FIELDS.items()
     }
+
+
+def segmentation(annotation: dict) -> list | dict:
+    """An annotation's polygons or run-length code; [] where it has none, such as a box alone."""
+    found = annotation.get("segmentation")
+    return found if isinstance(found, list | dict) else []
 
 
 def _by_id(records: list[dict], where: str) -> dict[int, dict]:

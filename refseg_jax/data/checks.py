@@ -47,7 +47,8 @@ def look(
 ) -> dict[str, Any]:
     """Reads every image, mask and sentence of a split; returns statistics as plain data.
 
-    Words are runs of letters, digits and apostrophes, in lower case. Tokens include both marks.
+    Words are runs of letters, digits and apostrophes, in lower case. Tokens include both marks;
+    without a tokenizer words stand for them, so some sentences over the limit are not found.
     `advance` is called after each ref.
     """
     values, words = collections.defaultdict(list), set()
@@ -68,6 +69,9 @@ def look(
             found = _WORD.findall(sentence.text.lower())
             words.update(found)
             values["words"].append(len(found))
+            if not tokenizer and len(found) + 2 > max_tokens:  # A word is one token at least.
+                said = f"{where}: sentence {sentence.sent_id}"
+                report(LONG, f"{said}: {len(found)} words and two marks, {max_tokens} are read")
             if tokenizer:
                 said = f"{where}: sentence {sentence.sent_id}"
                 encoded = _try(report, BLANK, said, tokenizer.encode, sentence.text, _TOKENS)
@@ -159,11 +163,11 @@ def check_edges(source: ReferSource, files: ReferFiles, report: Report) -> None:
     for ref in refs(source):
         size = source.image_file(ref)
         for ann_id in ref.ann_ids:
-            parts = rle.drawable(files.tables["annotations"][ann_id]["segmentation"])
+            parts = rle.drawable(annotations.segmentation(files.tables["annotations"][ann_id]))
             by = max((_beyond(part, size.height, size.width) for part in parts), default=0.0)
             if by > _SLIP:
                 where = f"{source.split}: ref {ref.ref_id}, annotation {ann_id}"
-                report(BEYOND, f"{where}: by {by:.1f} px")
+                report(BEYOND, f"{where}: by {by:.1f} px" if by < 1e9 else f"{where}: beyond count")
 
 
 def _beyond(part: Any, height: int, width: int) -> float:

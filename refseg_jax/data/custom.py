@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import pathlib
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -162,21 +163,22 @@ def read_folder(
 ) -> dict[str, CustomSource]:
     """The splits of a plain folder; for arguments and errors see `read_lines`."""
     root = pathlib.Path(root)
-    images, masks = _pictures(root / "images"), _pictures(root / "masks")
-    texts = {path.stem: path for path in sorted((root / "expressions").glob("*.txt"))}
+    images, masks = (_by_key(root / name, _PICTURES) for name in ("images", "masks"))
+    texts = _by_key(root / "expressions", (".txt",))
 
     def entry(stem: str) -> dict[str, Any]:
         if stem not in masks:
             raise UserError(f"there is no mask of that name in {root / 'masks'}")
         if stem not in texts:
             raise UserError(f"there is no {root / 'expressions' / stem}.txt")
+        text = root / "expressions" / texts[stem]
         owner = max((s for s in images if _owns(s, stem)), key=len, default=None)
         if owner is None:
             raise UserError(f"there is no image of that name in {root / 'images'}")
         try:
-            lines = read_bytes(texts[stem]).decode("utf-8-sig").splitlines()
+            lines = read_bytes(text).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise UserError(f"{texts[stem]} is not UTF-8 ({error.reason})") from None
+            raise UserError(f"{text} is not UTF-8 ({error.reason})") from None
         sentences = [line for line in lines if line.strip()]
         return {"image": images[owner], "mask": masks[stem], "sentences": sentences}
 
@@ -309,7 +311,7 @@ class _Reader:
             annotation = self._coco["annotations"].get(i) if type(i) is int else None
             if annotation is None or annotation["image_id"] != image_id:
                 raise UserError(f"annotation {i!r:.40} is not one of its image")
-            parts += rle.drawable(annotation["segmentation"])
+            parts += rle.drawable(annotations.segmentation(annotation))
             category = annotation.get("category_id")
             if isinstance(category, int) and category in self._coco["categories"]:
                 names.add(self._coco["categories"][category]["name"])
@@ -349,16 +351,23 @@ def _inside(folder: pathlib.Path, name: str, what: str) -> pathlib.Path:
     return path
 
 
-def _pictures(folder: pathlib.Path) -> dict[str, str]:
-    """Names of the pictures in a folder, by stem."""
+def _by_key(folder: pathlib.Path, kinds: Collection[str]) -> dict[str, str]:
+    """Names of the files of these kinds in a folder and those inside it, relative to it.
+
+    Their keys are these names without the suffix, in composed Unicode: two systems may spell one
+    name in two ways. Hidden files are passed over.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: images/, masks/ and expressions/ are expected")
     found: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _PICTURES:
-            if path.stem in found:
-                raise UserError(f"{folder} has both {found[path.stem]} and {path.name}: rename one")
-            found[path.stem] = path.name
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.suffix.lower() not in kinds or any(part.startswith(".") for part in name.parts):
+            continue
+        key = unicodedata.normalize("NFC", name.with_suffix("").as_posix())
+        if key in found:
+            raise UserError(f"{folder} has both {found[key]} and {name}: rename one")
+        found[key] = str(name)
     return found
 
 
@@ -377,18 +386,36 @@ def _size(path: pathlib.Path) -> tuple[int, int]:
 
 
 def _read_mask(path: pathlib.Path) -> np.ndarray:
-    """bool [H, W]: the pixels that are not 0, of a JPEG those from 128; of colours, any such."""
+    """bool [H, W]: what is opaque, where some is not; else the pixels that are not 0.
+
+    Where the file's black is not quite 0, as it is compressed with loss, those from 128. Of
+    colours any such; of a palette, whose entries are labels, those that are not its black.
+    """
     try:
         with Image.open(path) as file:
-            # A palette's entries are labels, whatever their colour.
+            lossy = file.format in ("JPEG", "MPO", "WEBP")  # Of WebP nothing says whether it is.
+            lossy = lossy or "jpeg" in str(file.info.get("compression", ""))
+            if file.has_transparency_data:
+                opacity = np.asarray(file.convert("RGBA"))[..., 3]
+                if opacity.min() < opacity.max():
+                    return opacity >= 128
+                file = file.convert("RGB")
+            elif file.mode not in ("1", "L", "P", "RGB", "F") and file.mode[0] != "I":
+                file = file.convert("RGB")
             pixels = np.asarray(file)
-            if file.format in ("JPEG", "MPO"):  # Compressed with loss: its black is not quite 0.
-                pixels = pixels >= 128
+            if file.mode == "P":
+                pixels = pixels != _background(file, pixels)
     except Exception as error:  # Pillow's decoders raise almost anything.
         raise UserError(f"cannot read {path} as a mask ({error})") from error
-    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):  # Opacity says nothing about the region.
-        pixels = pixels[..., :-1]
+    pixels = pixels >= 128 if lossy and pixels.dtype == np.uint8 else pixels != 0
     return pixels.reshape(*pixels.shape[:2], -1).any(axis=2)
+
+
+def _background(image: Image.Image, labels: np.ndarray) -> int:
+    """The entry of a palette that is no region: black where one that is used is, else 0."""
+    colours = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
+    black = [i for i in np.unique(labels) if i < len(colours) and not colours[i].any()]
+    return int(black[0]) if black and 0 not in black else 0
 
 
 def held_out(names: Collection[str], share: float) -> set[str]:

@@ -117,7 +117,7 @@ class Photo:
 
 def measure(annotation: Mapping[str, Any], noun: str, height: int, width: int) -> Region | None:
     """An annotation's region; None if it has no pixel. ValueError: it cannot be drawn."""
-    parts = rle.drawable(annotation["segmentation"])
+    parts = rle.drawable(annotations.segmentation(annotation))
     if not parts:
         return None
     mask = rle.decode_parts(parts, height, width).any(axis=2)

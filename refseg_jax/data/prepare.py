@@ -130,10 +130,12 @@ def open_merged(args: argparse.Namespace) -> Plan:
     each = {name: sets.open_set(args.root, name, partial=args.partial) for name in args.sets}
     merged = sets.MergedSource(each)
     _say(merged.report())
+    differences = {}
     for name, splits in each.items():
-        for source in splits.values():
+        for split, source in splits.items():
             if lines := refer.count_differences(source, name.rpartition("_")[2]):
-                _say(f"{name} is not what is published: {source.split} has {', '.join(lines)}")
+                differences[f"{name}/{split}"] = lines
+                _say(f"{name} is not what is published: {split} has {', '.join(lines)}")
     sources: dict[str, FileSource] = {sets.TRAIN: merged}
     for name, splits in each.items():
         others = {s: source for s, source in splits.items() if s != sets.TRAIN}
@@ -147,6 +149,8 @@ def open_merged(args: argparse.Namespace) -> Plan:
             "kind": "merged",
             "sets": list(args.sets),
             "dropped": dropped,
+            "differences": differences,
+            "absent": merged.absent,
             "files": {name: splits[sets.TRAIN].fingerprint() for name, splits in each.items()},
         },
         "licence": args.licence or f"{_COCO_LICENCE}; of other sets: their own",

@@ -247,12 +247,16 @@ def _existing(*candidates: pathlib.Path) -> pathlib.Path:
 
 
 def _files_below(folder: pathlib.Path) -> set[str]:
-    """Names of all files in a folder and its subfolders, relative to it."""
-    return {
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder)
-        for name in names
-    }
+    """Names of all files in a folder and its subfolders, relative to it.
+
+    A subfolder may be a link; one that leads back to a folder around it is not followed again.
+    """
+    found, seen = set(), set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        folders[:] = [f for f in folders if os.path.realpath(os.path.join(parent, f)) not in seen]
+        found.update(os.path.relpath(os.path.join(parent, name), folder) for name in names)
+    return found
 
 
 def _image(image_id: int, images: dict[int, dict], names: set[str]) -> ImageFile:
@@ -272,8 +276,8 @@ def _image(image_id: int, images: dict[int, dict], names: set[str]) -> ImageFile
 def _ann_ids(value: int | list) -> tuple[int, ...]:
     """A ref's annotations: one, several, or (-1) none."""
     ids = value if isinstance(value, list) else [value]
-    if not ids or not all(type(i) is int for i in ids):
-        raise UserError(f"its ann_id {value} is neither a number nor a list of numbers")
+    if not ids or not all(type(i) is int and -(2**63) <= i < 2**63 for i in ids):
+        raise UserError("its ann_id is neither a number nor a list of numbers")
     return () if ids == [-1] else tuple(ids)
 
 
@@ -290,7 +294,7 @@ def _parts(ann_id: int, image_id: int, table: dict[int, dict]) -> list[list | di
         raise UserError(f"annotation {ann_id} is not in instances.json")
     if table[ann_id]["image_id"] != image_id:
         raise UserError(f"annotation {ann_id} belongs to another image than {image_id}")
-    parts = rle.drawable(table[ann_id]["segmentation"])
+    parts = rle.drawable(annotations.segmentation(table[ann_id]))
     if not parts:
         raise UserError(f"annotation {ann_id} has no polygon and no run-length code")
     return parts
@@ -305,7 +309,7 @@ def _sentences(entries: list, text_field: str) -> tuple[Sentence, ...]:
             annotations.clean_text(entry[text_field], f"sentence {entry['sent_id']}"),
             entry["sent_id"],
             # No field of the original layout; the embedded set writes it.
-            str(entry.get("kind", "")),
+            kind if isinstance(kind := entry.get("kind"), str) else "",
         )
         for entry in checked
     )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refseg_jax.data.records import FileSource, ImageFile, Ref, RefList
-from refseg_jax.data.refer import ReferFiles, ReferSource
+from refseg_jax.data.refer import KNOWN_COUNTS, ReferFiles, ReferSource
 from refseg_jax.data.shards import PreparedSource, is_prepared, read_header
 from refseg_jax.errors import UserError
 
@@ -22,7 +22,9 @@ TRAIN = "train"
 MERGED = "merged"
 ANY = "prepared"  # Whatever set is prepared in the root.
 
-_COCO_NAME = re.compile(r"(?:.*/)?(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg")
+_COCO_NAME = re.compile(
+    r"(?:.*/)?(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.(?:jpe?g|png|webp)", re.IGNORECASE
+)
 
 
 def set_name(dataset: str, split_by: str) -> str:
@@ -101,6 +103,7 @@ class MergedSource(RefList):
 
     Attributes:
       dropped: for each set how many (images, refs, sentences) have been left out.
+      absent: splits that a published set should have and has not: what they would hold out is not.
 
     Raises:
       UserError: a set has no training split, or nothing is left.
@@ -110,6 +113,12 @@ class MergedSource(RefList):
         without = [name for name, splits in sets.items() if TRAIN not in splits]
         if without or not sets:
             raise UserError(f"nothing to merge: no {TRAIN!r} split in {', '.join(without) or 'it'}")
+        self.absent = [
+            f"{name}/{split}"
+            for name, splits in sets.items()
+            for split in KNOWN_COUNTS.get((name.rpartition("_")[0], name.rpartition("_")[2]), ())
+            if split not in splits
+        ]
         held_out = {
             image_key(source.image_file(source[i]))
             for splits in sets.values()
@@ -145,7 +154,12 @@ class MergedSource(RefList):
             f"{name} {images} images ({refs} refs, {sentences} sentences)"
             for name, (images, refs, sentences) in self.dropped.items()
         )
-        return f"left out, as they are in a non-train split of one of the sets: {each}"
+        absent = ", ".join(self.absent)
+        return f"left out, as they are in a non-train split of one of the sets: {each}" + (
+            f"; BUT {absent} are not here, so their images may be among those to train on"
+            if absent
+            else ""
+        )
 
     def image(self, ref: Ref) -> np.ndarray:
         """uint8 [H, W, 3], RGB."""
