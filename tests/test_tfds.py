@@ -7,9 +7,11 @@ The files in golden/ref_coco were written by TensorFlow Datasets 4.9.10's own bu
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from refseg_jax.data import shapes, tfds
@@ -58,6 +60,32 @@ def test_a_built_dataset_is_what_it_was_built_from(built, form):
             np.testing.assert_array_equal(source.mask(ref), drawn.mask(original))
             assert source.image_file(ref).name == f"COCO_train2014_{ref.image_id:012d}.jpg"
         assert not expected
+
+
+def test_the_library_s_own_reader_agrees(tmp_path):
+    """`as_data_source`, without TensorFlow, of the same records as ArrayRecord."""
+    folder = tmp_path / "ref_coco" / "refcocog_google" / "1.1.0"
+    shutil.copytree(BUILT, folder)
+    as_array_records(folder)
+    spoil_info(fileFormat="array_record")(folder)
+    _, _, sources, _ = tfds.open_built(str(folder))
+    builder = tensorflow_datasets.builder(
+        "ref_coco/refcocog_google", data_dir=tmp_path, file_format="array_record"
+    )
+    for split, theirs in (("train", "train"), ("val", "validation")):
+        source = sources[split]
+        refs = iter([source[i] for i in range(len(source))])
+        for example in builder.as_data_source(theirs):
+            objects = example["objects"]
+            for k, ann_id in enumerate(objects["id"]):
+                ref = next(refs)
+                assert (ref.ann_ids, ref.image_id) == ((int(ann_id),), int(example["image/id"]))
+                said = objects["refexp"]["raw"][k]
+                assert [s.text for s in ref.sentences] == [text.decode() for text in said]
+                np.testing.assert_array_equal(source.image(ref), example["image"])
+                np.testing.assert_array_equal(source.mask(ref), objects["mask"][k][..., 0] > 0)
+        assert next(refs, None) is None
+    assert "tensorflow" not in sys.modules
 
 
 def test_it_is_prepared(built, tmp_path, capsys):
