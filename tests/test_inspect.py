@@ -123,6 +123,14 @@ def test_every_planted_fault_is_listed(faulty, capsys):
     assert "ids that occur twice: 4\n" in printed
 
 
+def test_words_stand_for_tokens_where_there_is_no_tokenizer(tmp_path, capsys):
+    refs, instances = small_set()
+    refs[0]["sentences"][0]["raw"] = "word " * 19
+    result, _ = look_at_refer(write(tmp_path, refs, instances), capsys)
+    (line,) = result["problems"][checks.LONG]
+    assert "19 words and two marks, 20 are read" in line
+
+
 def test_the_terminal_shows_some_and_counts_the_rest(tmp_path, capsys):
     refs, instances = small_set()
     for k in range(9):

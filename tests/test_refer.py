@@ -278,7 +278,57 @@ def test_python_2_strings_are_text(tmp_path):
     path.write_bytes(b"\x80\x02}U\x05caf\xc3\xa9X\x05\x00\x00\x00caf\xc3\xa9s.")
     assert annotations.read(path) == {"café": "café"}
     path.write_bytes(b"\x80\x02U\x04caf\xe9.")
-    assert annotations.read(path).startswith("caf")
+    assert annotations.read(path) == "café"
+
+
+def nested(depth):
+    """A list that would be 10 ** depth numbers long if it were written out."""
+    value = [1] * 10
+    for _ in range(depth):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, -(2**63) - 1, nested(10)], ids=["long", "wide", "deep"]
+)
+@pytest.mark.parametrize("field", ["ann_id", "image_id", "sent_id", "kind"])
+def test_values_that_cannot_be_written_out(tmp_path, field, value):
+    refs, instances = small_set()
+    (refs[0]["sentences"][0] if field in ("sent_id", "kind") else refs[0])[field] = value
+    root = write(tmp_path, refs, instances, "p")
+    if field == "kind":  # Of no use, and no harm.
+        assert load(root)[0].sentences[0].kind == ""
+        return
+    with pytest.raises(UserError) as error:
+        load(root)
+    assert len(str(error.value)) < 1000
+
+
+def test_an_annotation_without_an_outline_is_no_reason_to_stop(tmp_path):
+    refs, instances = small_set()
+    instances["annotations"] += [
+        {"id": 900, "image_id": 7, "bbox": [1, 2, 3, 4]},
+        {"id": 901, "image_id": 7, "segmentation": None},
+    ]
+    del instances["categories"]
+    assert load(write(tmp_path, refs, instances))[0].category == ""
+    refs[0]["ann_id"] = 900
+    with pytest.raises(UserError, match="annotation 900 has no polygon and no run-length code"):
+        load(write(tmp_path, refs, instances))
+
+
+def test_image_folders_may_be_links(tmp_path):
+    refs, instances = small_set()
+    instances["images"][0]["file_name"] = "00/seven.jpg"
+    root = write(tmp_path, refs, instances)
+    images = root / "images" / "mscoco" / "train2014"
+    (root / "elsewhere").mkdir()
+    (images / "seven.jpg").rename(root / "elsewhere" / "seven.jpg")
+    (images / "00").symlink_to(root / "elsewhere")
+    (images / "back").symlink_to(images)  # Leads nowhere new.
+    source = load(root)
+    assert source.image(source[0]).shape == (HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize(

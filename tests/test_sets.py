@@ -151,6 +151,8 @@ def test_sets_that_cannot_be_merged(root):
         (("01/images/9.jpg", 4, 5), ("01/images/9.jpg", 4, 5), True),
         (("01/images/9.jpg", 4, 5), ("02/images/9.jpg", 4, 5), False),
         (("9.jpg", 4, 5), ("9.jpg", 5, 4), False),
+        (("COCO_train2014_000000000009.jpg", 4, 5), ("000000000009.JPEG", 8, 10), True),
+        (("COCO_train2014_000000000009.jpg", 4, 5), ("000000000009.png", 8, 10), True),
     ],
 )
 def test_which_files_are_the_same_photograph(one, other, same):
@@ -235,3 +237,13 @@ def test_a_part_of_sets_is_merged_and_said_to_be_one(tmp_path, capsys, monkeypat
     assert "a_unc is not what is published: train has 12 of 13 refs" in capsys.readouterr().err
     skipped = preparing.manifest(tmp_path / "out")["skipped"]
     assert len(skipped["train"]) == 1 and skipped["train"][0].startswith("b_unc: ref ")
+    about = preparing.manifest(tmp_path / "out")["source"]
+    assert "12 of 13 refs" in about["differences"]["a_unc/train"][0] and about["absent"] == []
+
+
+def test_splits_that_hold_nothing_out_are_said_to_be_missing(root, caplog, monkeypatch):
+    counts = {("a", "unc"): dict.fromkeys(("train", "val", "testA"), (1, 1, 1))}
+    monkeypatch.setattr(sets, "KNOWN_COUNTS", counts)
+    merged = sets.open_merged(root, SETS, "train")
+    assert merged.absent == ["a_unc/testA"]
+    assert "BUT a_unc/testA are not here" in caplog.text
