@@ -50,6 +50,8 @@ def parse_variant(variant: str, known: tuple[str, ...] = ()) -> set[str]:
             close = difflib.get_close_matches(word, choices, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown config variant {word!r}{hint} (known: {', '.join(choices)})")
+    if {"small", "swin_small"} <= words:
+        raise ValueError(f"config variant {variant!r} names more than one size")
     if len(words & set(DATASETS)) > 1:
         raise ValueError(f"config variant {variant!r} names more than one dataset")
     return words

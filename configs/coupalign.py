@@ -11,7 +11,7 @@ python -m refseg_jax.main --config configs/coupalign.py:refcoco,small
 
 Further words: swin_small; the backbones of the supplement's tables 1-2, resnet101 and darknet53
 (RefCOCO val 68.93, 68.16); the ablations of table 4: no_wpa, uni, no_sma, no_aux. Tables 3 and 5
-are fields: --config.model.queries=20, --config.model.wpa_stages=(3,4).
+are fields: --config.model.queries=20, '--config.model.wpa_stages=(3,4)'.
 """
 
 from ml_collections import ConfigDict

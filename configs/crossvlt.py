@@ -10,9 +10,9 @@ python -m refseg_jax.main --config configs/crossvlt.py:refcoco,small
     A laptop-size model on real data, from scratch.
 
 Further words: paper (what the paper prints where the code differs), swin_small, and for tables II
-and III uni, aux, no_align. Stages and depths are fields: --config.model.fusion_stages=(3,4),
---config.model.align_stages=(3,4), --config.model.bert.layers=8 with
---config.model.language_depths=(2,1,1).
+and III uni, aux, no_align. Stages and depths are fields: '--config.model.fusion_stages=(3,4)',
+'--config.model.align_stages=(3,4)', --config.model.bert.layers=8 with
+'--config.model.language_depths=(2,1,1)'.
 """
 
 from ml_collections import ConfigDict

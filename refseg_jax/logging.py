@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from typing import Any
 
 from etils import epath
@@ -55,7 +54,6 @@ class MetricWriter:
             # A log file gets a line now and then instead of a redrawn one.
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        self._begun = time.time()
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`."""

@@ -1,6 +1,6 @@
 """AdamW with schedules and with weight-decay and learning-rate groups by parameter path.
 
-A parameter's path is its keys joined by "/", e.g. `swin/stage0_block1/norm1/scale`.
+A parameter's path is its keys joined by "/", e.g. `swin/blocks_0_1/norm1/scale`.
 """
 
 import re

@@ -89,6 +89,8 @@ def test_logits_at_a_quarter_for_any_size_and_padding_words_are_not_read():
     outputs = model.apply(variables, image, tokens, token_mask)
     assert outputs["logits"].shape == (2, 13, 18) and outputs["logits"].dtype == jnp.float32
     assert outputs["pixel_embedding"].shape == (2, 13, 18, 16)
+    assert model.config.prior == 0.05
+    np.testing.assert_allclose(np.median(jax.nn.sigmoid(outputs["logits"])), 0.05, atol=0.03)
     other = jnp.where(token_mask, tokens, 7)
     assert (other != tokens).any()
     np.testing.assert_allclose(
@@ -132,6 +134,11 @@ def test_logits_are_products_of_the_embeddings_as_printed(lateral):
     logits = np.asarray(outputs["logits"][0]).ravel()
     centre, *_ = np.linalg.lstsq(pixels, logits, rcond=None)
     np.testing.assert_allclose(pixels @ centre, logits, atol=1e-4)
+    if lateral:  # It is read.
+        decoder = variables["params"]["pixel_decoder"]
+        decoder["lateral"] = jax.tree.map(lambda x: -x, decoder["lateral"])
+        other = model.apply(variables, image, tokens, token_mask)["pixel_embedding"]
+        assert np.abs(other - outputs["pixel_embedding"]).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,7 @@ def test_logits_at_a_quarter_for_any_size_and_padding_words_are_not_read(small):
     outputs = predict(variables, image, tokens, token_mask)
     assert outputs["logits"].shape == (2, 13, 18) and outputs["logits"].dtype == jnp.float32
     assert outputs["pixels"].shape == (2, 13, 18, 8)
+    np.testing.assert_allclose(np.median(jax.nn.sigmoid(outputs["logits"])), 0.05, atol=0.03)
     other = jnp.where(token_mask, tokens, 7)
     assert (other != tokens).any()
     close(predict(variables, image, other, token_mask)["logits"], outputs["logits"])

@@ -195,6 +195,9 @@ def test_loss_of_logits_that_know_nothing(align_at):
     }
     loss, scalars = build(config).loss(outputs, mask, np.array([True, False]), jax.random.key(0))
     np.testing.assert_allclose(loss, (2 + 4) * np.log(2), rtol=1e-6)
+    config.model.update(task_weight=3.0, align_weight=0.5)
+    weighted, _ = build(config).loss(outputs, mask, np.array([True, False]), jax.random.key(0))
+    np.testing.assert_allclose(weighted, (3 + 0.5 * 4) * np.log(2), rtol=1e-6)
     assert set(scalars) == {"loss_task", *(f"loss_align{i}" for i in (1, 2, 3, 4))}
 
 

@@ -12,7 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import jmceln
 from refseg_jax import models
 from refseg_jax.errors import UserError
-from refseg_jax.models.jmceln import LSRAN, PAN, JMCELNConfig, Neck, Stage, Upsampling
+from refseg_jax.models.jmceln import (
+    LSRAN,
+    PAN,
+    Classifier,
+    JMCELNConfig,
+    Neck,
+    Stage,
+    Upsampling,
+)
 from refseg_jax.models.layers.norms import SwitchNorm
 from refseg_jax.models.layers.resize import resize_bilinear
 from refseg_jax.sharding import make_mesh
@@ -258,6 +266,11 @@ def inputs(height=64, width=64):
     tokens = jnp.asarray(RNG.integers(1, 50, (2, 6)))
     token_mask = jnp.arange(6) < jnp.array([[6], [4]])
     return jnp.asarray(normal(2, height, width, 3)), tokens, token_mask
+
+
+def test_training_from_scratch_starts_at_the_prior():
+    logits = Classifier(0.05).init_with_output(jax.random.key(0), normal(2, 5, 5, 16))[0]
+    np.testing.assert_allclose(np.median(jax.nn.sigmoid(logits)), 0.05, atol=0.01)
 
 
 def test_stages_masks_any_size_and_padding_words():

@@ -332,6 +332,13 @@ def test_encoder_remat_and_bf16(encoder):
 
         return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
+    def recomputed(module):
+        jaxpr = jax.make_jaxpr(module.apply)(variables, features)
+        return sum(
+            "checkpoint" in e.primitive.name or "remat" in e.primitive.name for e in jaxpr.eqns
+        )
+
+    assert (recomputed(ours), recomputed(ours.clone(remat=True))) == (0, ours.layers)
     plain = value_and_gradients(ours)
     remat = value_and_gradients(ours.clone(remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), plain, remat)

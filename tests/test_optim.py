@@ -37,6 +37,28 @@ def test_a_rate_of_zero(schedule):
     assert make_schedule(config(lr=0.0, schedule=schedule), 10)(3) == 0
 
 
+def test_cosine_and_step():
+    cosine, step = (
+        make_schedule(config(schedule=kind, lr=1e-3, end_lr=1e-4, decay_share=0.5), 200)
+        for kind in ("cosine", "step")
+    )
+    for k in (0, 25, 50, 75, 100, 150):
+        share = min(k / 100, 1)
+        expected = 1e-4 + 9e-4 * 0.5 * (1 + np.cos(np.pi * share))
+        np.testing.assert_allclose(cosine(k), expected, rtol=1e-5)
+        np.testing.assert_allclose(step(k), 1e-3 if k < 100 else 1e-4, rtol=1e-5)
+
+
+def test_long_gradients_are_clipped():
+    updates = []
+    for scale in (1e2, 1e4):
+        # A large epsilon, so that Adam does not take the length away again.
+        tx, _ = make_optimizer(config(clip_norm=1.0, eps=1.0), PARAMS, 100)
+        grads = jax.tree.map(lambda x, scale=scale: jnp.full_like(x, scale), PARAMS)
+        updates.append(tx.update(grads, tx.init(PARAMS), PARAMS)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *updates)
+
+
 def test_what_is_frozen_has_no_part_in_clipping():
     groups = ((r"^norm", 0.0, 0.0), (r"", 1.0, 0.0))
     updates = []

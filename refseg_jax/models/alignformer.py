@@ -54,6 +54,7 @@ class AlignFormerConfig:
     heads: int = 8
     points: int = 4
     pixel_layers: int = 6
+    pixel_remat: bool = False  # Recomputes each of these layers in the backward pass.
     pixel_ffn: int = 1024
     decoder_layers: int = 6
     decoder_ffn: int = 2048
@@ -177,6 +178,7 @@ class PixelDecoder(nn.Module):
             points=cfg.points,
             ffn_dim=cfg.pixel_ffn,
             dropout=cfg.dropout,
+            remat=cfg.pixel_remat,
             dtype=self.dtype,
             name="encoder",
         )(levels, train)
@@ -243,14 +245,15 @@ class AlignFormer(nn.Module):
                 for _ in cfg.swin.depths
             ]
         self.pixel_decoder = PixelDecoder(cfg, self.dtype)
+        log_odds = math.log(cfg.prior / (1 - cfg.prior)) if cfg.prior else 0.0
         if cfg.grouping:
             self.centre_decoder = CentreDecoder(cfg, self.dtype)
             self.bias = 0.0
             if cfg.prior:
-                log_odds = math.log(cfg.prior / (1 - cfg.prior))
                 self.bias = self.param("bias", nn.initializers.constant(log_odds), ())
         else:
-            self.classifier = Dense(1, dtype=self.dtype)
+            bias_init = nn.initializers.constant(log_odds)
+            self.classifier = Dense(1, dtype=self.dtype, bias_init=bias_init)
 
     def __call__(
         self, image: jax.Array, tokens: jax.Array, token_mask: jax.Array, train: bool = False

@@ -188,6 +188,9 @@ def test_text_in_bfloat16_and_without_a_token(text):
     token_mask[-1] = False
     params = {"params": clip_text_from_hf(arrays(text.state_dict()), TEXT)}
     remat = dataclasses.replace(TEXT, remat=True)
+    jaxpr = jax.make_jaxpr(ClipText(remat).apply)(params, tokens, token_mask)
+    names = [equation.primitive.name for equation in jaxpr.eqns]
+    assert sum("checkpoint" in n or "remat" in n for n in names) == TEXT.layers
     half = jax.jit(ClipText(remat, dtype=jnp.bfloat16).apply)(params, tokens, token_mask)
     full = jax.jit(ClipText(TEXT).apply)(params, tokens, token_mask)
     for a, b in zip(half, full, strict=True):
