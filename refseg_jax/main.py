@@ -11,7 +11,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, bucket_errors
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/, with `:variant` if wanted.")
 flags.DEFINE_string("workdir", None, "The run's directory (default: runs/ and the config's name).")
@@ -107,7 +107,8 @@ def main(_: list[str]) -> None:
         peers = processes.join(*process_flags())
         if jax.default_backend() == "cpu":
             processes.keep_memory()
-        summary = run.run(flags.FLAGS.config, workdir, flags.FLAGS.mode, begun)
+        with bucket_errors():
+            summary = run.run(flags.FLAGS.config, workdir, flags.FLAGS.mode, begun)
     except UserError as e:
         if peers and not isinstance(e, Stopped):  # That is no fault, and all stop at one step.
             peers.fail(str(e))

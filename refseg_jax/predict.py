@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from refseg_jax import checkpoint, models, pictures
 from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, bucket_errors
 from refseg_jax.models.layers.resize import resize_bicubic, resize_bilinear
 from refseg_jax.processes import use_compile_cache
 from refseg_jax.sharding import jit_on_mesh
@@ -300,9 +300,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     use_compile_cache()
     try:
-        result = run(arguments)
+        with bucket_errors():
+            result = run(arguments)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     if result["truncated"]:
         print("warning: the expression is too long, its end was ignored", file=sys.stderr)

@@ -185,6 +185,18 @@ def test_command_line(workdir, photo, tmp_path, capsys):
     assert err.startswith("warning: ")
 
 
+def test_a_bucket_without_its_library_is_one_line(photo, tmp_path, monkeypatch, capsys):
+    def absent(workdir):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(predict.Predictor, "from_workdir", absent)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    arguments = ["--workdir", "gs://x/run", "--image", str(tmp_path / "a.png"), "--text", "red"]
+    assert predict.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: gs:// needs a library") and err.count("\n") == 1
+
+
 def test_command_line_errors_are_one_line(workdir, photo, tmp_path, capsys):
     Image.fromarray(photo).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
