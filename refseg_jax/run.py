@@ -2,19 +2,17 @@
 
 import contextlib
 import errno
-import functools
 import json
-import math
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
 from etils import epath
 
-from refseg_jax import checkpoint, data, details, evaluate
+from refseg_jax import bounds, checkpoint, data, details, evaluate
 from refseg_jax.data.files import locked
 from refseg_jax.data.pipeline import CannotShuffle
 from refseg_jax.data.tokenizer import Tokenizer
@@ -32,33 +30,6 @@ FREE_FIELDS = (
     "data.root", "data.workers", "data.threads", "data.eval_splits",
 )  # fmt: skip
 
-# The least that a number may be.
-LEAST = {
-    "seed": 0,
-    "train.batch_size": 1,
-    "train.accumulate": 1,
-    "train.log_every": 1,
-    "train.eval_every": 1,
-    "train.checkpoint_every": 1,
-    "eval.batch_size": 1,
-    "eval.examples": 0,
-    "eval.limit_in_training": 0,
-    "eval.no_target_area": 0,
-    "data.image_size": 1,
-    "data.max_tokens": 3,  # Two marks and a piece.
-    "data.workers": 0,
-    "data.threads": 0,
-    **dict.fromkeys(("train.steps", "train.epochs"), 0),
-    **dict.fromkeys((f"optim.{rate}" for rate in ("lr", "end_lr", "power", "eps")), 0),
-    **dict.fromkeys((f"optim.{steps}" for steps in ("warmup_steps", "decay_steps")), 0),
-    **dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), 0),
-}
-# Numbers from 0 to less than 1; of a model's sections by their last names.
-SHARES = ("train.ema_decay", "optim.b1", "optim.b2")
-MODEL_SHARES = ("dropout", "drop_path", "prior")
-# A model's whole numbers that may be 0.
-MAY_BE_NONE = ("vocab_size", "stages", "doublings", "layers", "pixel_layers", "generator_layers")
-
 # Of a disk that is full, or not ours to use.
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -74,9 +45,9 @@ def run(
     `begun` is the time at which the program started, by default now.
 
     Raises:
-      UserError: see `check`, `train` and `evaluate_run`.
+      UserError: see `bounds.check`, `train` and `evaluate_run`.
     """
-    check(config)
+    bounds.check(config)
     jax.config.update("jax_threefry_partitionable", True)
     try:
         return {**_run(config, workdir, mode, begun), "workdir": workdir}
@@ -103,52 +74,6 @@ def _run(
             with ending_on_sigterm():
                 summary |= evaluate_run(config, tokenizer, workdir)
     return summary
-
-
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises a UserError where a number of the config is out of its bounds, or a name unknown."""
-    for name, least in LEAST.items():
-        value = _field(config, name)
-        if not least <= value < math.inf:
-            raise UserError(f"config.{name}={value}: it must be {least} or more")
-    for name in SHARES:
-        if not 0 <= _field(config, name) < 1:
-            raise UserError(f"config.{name}={_field(config, name)}: it must be from 0 to below 1")
-    if config.seed >= 2**63:
-        raise UserError(f"config.seed={config.seed}: it must be less than 2 to the power of 63")
-    _check_model(config.model, "config.model")
-    if not 0 <= config.eval.threshold <= 1:
-        raise UserError(f"config.eval.threshold={config.eval.threshold}: it is a probability")
-    if config.eval.protocol not in evaluate.PROTOCOLS:
-        raise UserError(
-            f"config.eval.protocol={config.eval.protocol!r} is not one of "
-            f"{', '.join(evaluate.PROTOCOLS)}"
-        )
-
-
-def _field(config: ml_collections.ConfigDict, name: str) -> Any:
-    """The field of a dotted name."""
-    return functools.reduce(lambda part, field: part[field], name.split("."), config)
-
-
-def _check_model(section: Mapping[str, Any], where: str) -> None:
-    """Raises a UserError where a number of `section`, of the model's, is none for its kind."""
-    for name, value in section.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            _check_model(value, f"{where}.{name}")
-            continue
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            if name in MODEL_SHARES:
-                fits, bounds = 0 <= number < 1, "from 0 to below 1"
-            elif name.endswith("temperature"):
-                fits, bounds = 0 < number < math.inf, "more than 0"
-            else:
-                least = int(isinstance(number, int) and name not in MAY_BE_NONE)
-                fits, bounds = least <= number < math.inf, f"{least} or more"
-            if not fits:
-                raise UserError(f"{where}.{name}={value}: it must be {bounds}")
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def convert_run(
     """
     import jax  # Late, so that --help and a typo answer at once.
 
-    from refseg_jax import checkpoint, models, run, train_state
+    from refseg_jax import bounds, checkpoint, models, run, train_state
     from refseg_jax.weights.files import read_checkpoint
     from refseg_jax.weights.initial import origin
     from refseg_jax.weights.released import TABLES, with_text
@@ -55,7 +55,7 @@ def convert_run(
             f"there are no released checkpoints of {config.model.name} that could be converted "
             f"(of {', '.join(TABLES)} there are)"
         )
-    run.check(config)
+    bounds.check(config)
     run.fit_tokenizer(config, config.data.tokenizer)
     read = read_checkpoint(source)
     arrays = read.arrays
