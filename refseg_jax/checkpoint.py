@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from refseg_jax.errors import UserError
-from refseg_jax.optim import path_name
+from refseg_jax.sharding import path_name
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"

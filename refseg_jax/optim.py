@@ -12,11 +12,7 @@ import ml_collections
 import optax
 
 from refseg_jax.errors import UserError
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A jax key path as a "/"-joined name."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+from refseg_jax.sharding import path_name
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callable:

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refseg_jax.errors import UserError
-from refseg_jax.optim import path_name
 
 # Batches are split over both axes; parameters over "fsdp" alone, and where there is one of it the
 # optimiser's moments over "data".
@@ -93,6 +92,11 @@ def kernel_places() -> tuple[PartitionSpec, PartitionSpec]:
     XLA cannot divide among devices what a kernel computes.
     """
     return PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A jax key path as a "/"-joined name."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def largest_divisible(
