@@ -26,7 +26,7 @@ from tqdm import tqdm
 from refseg_jax import page, pictures
 from refseg_jax.data import annotations, checks, custom, load_tokenizer, sets, shapes
 from refseg_jax.data.checks import Report
-from refseg_jax.data.prepare import MERGED_SETS, coco_sources, share
+from refseg_jax.data.prepare import MERGED_SETS, add_own_photos, coco_sources
 from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.refer import ReferFiles, ReferSource
 from refseg_jax.errors import UserError
@@ -275,18 +275,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
     sub = kind("shapes", open_shapes)
     sub.add_argument("--scenes", type=int, default=100, help="per split")
-    for name, function in (("coco", open_coco), ("folder", open_folder)):
-        sub = kind(name, function)
-        if name == "coco":
-            sub.add_argument("--images", required=True, help="folder with the images")
-            sub.add_argument(
-                "--expressions", help="JSON lines, see docs/data.md (default: generated ones)"
-            )
-            sub.add_argument("--instances", help="COCO file that ann_id refers to")
-        else:
-            sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
-        sub.add_argument("--name", default="custom", help="what to call the dataset")
-        sub.add_argument("--val_share", type=share, default=custom.VAL_SHARE)
+    add_own_photos(kind, open_coco, open_folder)
     args = parser.parse_args(argv)
     if args.samples < 0:
         parser.error(f"--samples={args.samples} is negative")

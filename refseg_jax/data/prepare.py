@@ -16,7 +16,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from refseg_jax.data import custom, expressions, refer, sets
@@ -233,10 +233,29 @@ def _positive(text: str) -> int:
     return number
 
 
-def share(text: str) -> float:
+def _share(text: str) -> float:
     if not 0 < (share := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return share
+
+
+def add_own_photos(kind: Callable, open_coco: Callable, open_folder: Callable) -> None:
+    """Adds the two kinds of someone's own photos; `kind(name, function)` makes a parser of one."""
+    for name, function in (("coco", open_coco), ("folder", open_folder)):
+        sub = kind(name, function)
+        if name == "coco":
+            sub.add_argument("--images", required=True, help="folder with the images")
+            sub.add_argument(
+                "--expressions", help="JSON lines, see docs/data.md (default: generated ones)"
+            )
+            sub.add_argument("--instances", help="COCO file that ann_id refers to")
+        else:
+            sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
+        sub.add_argument("--name", default="custom", help="what to call the dataset")
+        sub.add_argument(
+            "--val_share", type=_share, default=custom.VAL_SHARE,
+            help="of the images, where no split is named",
+        )  # fmt: skip
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -275,21 +294,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     sub = kind("tfds", open_tfds)
     sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0")
     sub.add_argument("--splits", type=_names, help="e.g. train,val (default: all)")
-    for name, function in (("coco", open_coco), ("folder", open_folder)):
-        sub = kind(name, function)
-        if name == "coco":
-            sub.add_argument("--images", required=True, help="folder with the images")
-            sub.add_argument(
-                "--expressions", help="JSON lines, see docs/data.md (default: generated ones)"
-            )
-            sub.add_argument("--instances", help="COCO file that ann_id refers to")
-        else:
-            sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
-        sub.add_argument("--name", default="custom", help="what to call the dataset")
-        sub.add_argument(
-            "--val_share", type=share, default=custom.VAL_SHARE,
-            help="of the images, where no split is named",
-        )  # fmt: skip
+    add_own_photos(kind, open_coco, open_folder)
     return parser.parse_args(argv)
 
 
