@@ -56,7 +56,7 @@ def test_checkpoints_of_a_bucket_go_there(bucket, monkeypatch):
 def test_metrics_are_there_after_every_row(bucket, remote, tmp_path, monkeypatch):
     workdir = bucket if remote else str(tmp_path)
     board = type("Board", (), {"add_scalar": lambda *_: None, "close": lambda _: None})
-    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path: board())
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path, **_: board())
     writer = logging.MetricWriter(workdir, 0, 4)
     for step in (1, 2, 3):
         writer.write(step, {"loss": step / 2, "images_per_second": 1.0})

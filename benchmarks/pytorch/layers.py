@@ -179,9 +179,8 @@ def resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Ten
 
 def majority_downsample(mask: Tensor, factor: int) -> Tensor:
     """bool [B,H,W] -> [B,ceil(H/factor),ceil(W/factor)]; of a tie the foreground gets the cell."""
-    H, W = mask.shape[1:]
-    mask = F.pad(mask.float(), (0, -W % factor, 0, -H % factor))
-    return F.avg_pool2d(mask[:, None], factor)[:, 0] >= 0.5
+    blocks = F.avg_pool2d(mask[:, None].float(), factor, ceil_mode=True, count_include_pad=False)
+    return blocks[:, 0] >= 0.5
 
 
 class GatedResidual(nn.Module):
