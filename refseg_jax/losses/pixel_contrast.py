@@ -50,8 +50,9 @@ def contrast(
     pixels: jax.Array, labels: jax.Array, temperature: float, normalize: bool, block: int
 ) -> jax.Array:
     """`pixel_contrast_loss` in XLA's operations."""
-    wide = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
-    vectors = unit_length(pixels) if normalize else wide
+    vectors = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
+    if normalize:
+        vectors = unit_length(vectors)
     vectors /= math.sqrt(temperature)  # Each product of two of them is over tau.
     member = jnp.stack([~labels, labels], axis=1)
     count = member.sum(2, keepdims=True)
