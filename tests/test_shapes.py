@@ -100,6 +100,22 @@ def _check_words(expression, scene, meant):
         assert "right" not in words or shape.x > 0.55
         assert not (words & {"top", "upper"}) or shape.y < 0.45
         assert not (words & {"bottom", "lower"}) or shape.y > 0.55
+    if expression.kind == "place":  # It is the only such thing there.
+        facts = set(expression.program.among.facts)
+        assert not [
+            other
+            for other in scene.shapes
+            if other is not shape
+            and facts <= other.thing.facts.items()
+            and ("left" not in words or other.x < 0.45)
+            and ("right" not in words or other.x > 0.55)
+            and (not words & {"top", "upper"} or other.y < 0.45)
+            and (not words & {"bottom", "lower"} or other.y > 0.55)
+            and (
+                not words & {"middle", "center"}
+                or max(abs(other.x - 0.5), abs(other.y - 0.5)) < 0.2
+            )
+        ]
     if expression.kind in ("superlative", "ordinal"):
         among = [
             other
@@ -120,6 +136,8 @@ def _check_words(expression, scene, meant):
         for other in among:  # margins: a tenth of the side, a fifth in size
             if other is not shape and key in ("biggest", "smallest"):
                 assert abs(math.log(other.radius / shape.radius)) > math.log(1.15)
+                areas = [scenes.AREAS[s.category] * s.radius**2 for s in (other, shape)]
+                assert (areas[0] < areas[1]) == (key == "biggest")
             elif other is not shape:
                 assert abs(by(other) - by(shape)) >= 0.1 - 1e-9
     if expression.kind == "relation":
@@ -177,6 +195,13 @@ def test_colours_are_where_the_masks_say():
                 name: np.abs(seen - np.array(color)).sum() for name, color in scenes.COLORS.items()
             }
             assert min(distance, key=distance.get) == shape.color
+
+
+@pytest.mark.parametrize("category", sorted(scenes.SILHOUETTES))
+def test_silhouettes_have_the_areas_of_the_table(category):
+    at = np.linspace(-1.2, 1.2, 481)
+    area = (scenes.SILHOUETTES[category](at[None, :], at[:, None]) < 0).mean() * 2.4**2
+    assert scenes.AREAS[category] == pytest.approx(area, rel=0.01)
 
 
 @pytest.mark.parametrize("category", sorted(scenes.SILHOUETTES))

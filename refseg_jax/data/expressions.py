@@ -82,7 +82,6 @@ def lexicon(vocabulary: Vocabulary) -> grammar.Lexicon:
         superlatives=_SUPERLATIVES,
         ordinals=_ORDINALS,
         relations=_RELATIONS,
-        lonely_places=True,
         the=0.5,
         a=0.3,
         uncounted=vocabulary.uncounted,

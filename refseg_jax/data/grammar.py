@@ -245,7 +245,7 @@ class Lexicon:
     nouns: category -> names. adjectives: value -> words before the noun. phrases: value -> words
     after the noun ("with dots"). generic: nouns for a thing whose category is left out; if there
     are none, it never is. The tables give the wordings of what is picked or related, and so which
-    programs are proposed at all. lonely_places: whether a place must be the thing's alone.
+    programs are proposed at all.
     the: how often an expression begins with an article. a: how often it is "a" in descriptions
     that pick nothing; `uncounted` nouns cannot have that.
     """
@@ -258,7 +258,6 @@ class Lexicon:
     superlatives: Mapping[str, tuple[str, ...]] = _table(SUPERLATIVES)
     ordinals: Mapping[tuple[str, int], tuple[str, ...]] = _table(ORDINALS)
     relations: Mapping[str, tuple[str, ...]] = _table(RELATIONS)
-    lonely_places: bool = False
     the: float = 0.12
     a: float = 0.0
     uncounted: Collection[str] = ()
@@ -364,7 +363,7 @@ def _place(
         return None
     key = pick(rng, keys)
     among = _vague(rng, things, target)
-    return Pick(among, key, limit=LIMITS[key], alone=lexicon.lonely_places)
+    return Pick(among, key, limit=LIMITS[key], alone=True)
 
 
 def _superlative(

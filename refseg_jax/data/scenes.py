@@ -86,6 +86,12 @@ class Shape:
             facts["size"] = self.size
         return grammar.Thing(facts, self.x, self.y, self.radius)
 
+    @property
+    def filled_thing(self) -> grammar.Thing:
+        """The same thing, its size measured by its area."""
+        area = AREAS[self.category] * self.radius**2
+        return dataclasses.replace(self.thing, size=math.sqrt(area))
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
@@ -108,12 +114,14 @@ def compose(
         if shapes is None:
             continue
         things = [shape.thing for shape in shapes]
+        # Who is bigger, a wide star or a full circle, is for nobody to say.
+        readings = [[shape.filled_thing for shape in shapes]]
         refs = []
         for target in rng.permutation(len(shapes)).tolist():
             expressions: list[grammar.Expression] = []
             while len(expressions) < num_expressions:
                 taken = [expression.text for expression in expressions]
-                found = grammar.write(rng, things, target, LEXICON, weights, taken)
+                found = grammar.write(rng, things, target, LEXICON, weights, taken, readings)
                 if found is None:
                     break
                 expressions.append(found)
@@ -208,6 +216,18 @@ SILHOUETTES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": _cross,
     "heart": _heart,
     "diamond": _diamond,
+}
+
+# Of silhouettes of radius 1.
+AREAS = {
+    "circle": 2.776,
+    "square": 2.561,
+    "triangle": 1.534,
+    "star": 1.524,
+    "ring": 2.287,
+    "cross": 2.099,
+    "heart": 2.173,
+    "diamond": 1.470,
 }
 
 Box = tuple[slice, slice]
