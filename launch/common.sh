@@ -101,7 +101,7 @@ run() {
 
 # The interpreter of this machine: $PYTHON, the virtual environment of the README, or any.
 interpreter() {
-  local candidate=.venv/bin/python
+  local candidate=$repo/.venv/bin/python
   [[ -x $candidate ]] || candidate=python3
   printf '%s' "${PYTHON:-$candidate}"
 }

@@ -11,7 +11,8 @@
 #   --chips C               TPU: per host (4)
 #   --hosts H, --gpus G     GPU: how many hosts, and GPUs on each
 #   --spot                  may be preempted
-#   --restarts N            failures until it gives up (10); preemptions do not count
+#   --restarts N            failures until it gives up (10); a preemption is none, unless a pod that
+#                           ends with the one that is preempted is seen first
 #   --service-account NAME  of Kubernetes, with access to the bucket (default)
 #   --dry-run               print the command
 set -euo pipefail
@@ -101,6 +102,7 @@ spec:
               - action: FailJob
                 onPodConditions:
                   - type: DisruptionTarget
+                    status: 'True'
           template:
             spec:
               restartPolicy: Never
@@ -124,6 +126,8 @@ spec:
 YAML
 )
 
+# One of that name runs, has failed or is finished: it ends as at a preemption, and goes on.
+run kubectl delete jobset "$name" --ignore-not-found
 if [[ $dry_run ]]; then
   printf "kubectl create --filename - <<'YAML'\n%s\nYAML\n" "$jobset"
 else

@@ -21,6 +21,9 @@ require_name
 require nodes gpus
 count nodes gpus cpus
 require_training
+# Such as 9, 9:30 or 0:09:30.
+[[ ! $time =~ ^(0+:)?0*(10|[0-9])(:[0-9]+)?$ ]] ||
+  fail "--time $time is too short: five minutes before the limit the run is saved and queued again"
 
 # jax.distributed gives process i of a node its GPU i, so all must see all (no --gpus-per-task).
 # Five minutes before the limit only the batch script is signaled: see slurm_job.sh.

@@ -70,11 +70,12 @@ python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
 start() {
   require_bucket
   # First what still runs, or is remembered as failed, is ended. KillMode: its input workers are
-  # not signaled. LimitMEMLOCK: libtpu pins memory. systemd reads `$$` as `$`.
+  # not signaled. After: at a shutdown the network outlasts it. LimitMEMLOCK: libtpu pins memory.
+  # systemd reads `$$` as `$`.
   on all "{ sudo systemctl stop $service; sudo systemctl reset-failed $service; } 2>/dev/null; \
 cd refseg_jax && sudo systemd-run --unit=$service --remain-after-exit --uid=\"\$(id -u)\" \
 --working-directory=\"\$PWD\" --setenv=PYTHONUNBUFFERED=1 --property=KillMode=mixed \
---property=TimeoutStopSec=300 --property=LimitMEMLOCK=infinity -- \
+--property=TimeoutStopSec=300 --property=After=network-online.target --property=LimitMEMLOCK=infinity -- \
 \"\$PWD/.venv/bin/python\" -m refseg_jax.main $(quote "${training[@]//\$/\$\$}")"
 }
 

@@ -14,10 +14,17 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def bucket_errors() -> Iterator[None]:
-    """What gs:// needs and is not installed is a UserError within."""
+    """What gs:// needs and is not there, a library or the bucket, is a UserError within."""
     try:
         yield
     except ImportError as e:
         if "gcsfs" not in str(e):
             raise
         raise UserError(f"gs:// needs a library (pip install 'etils[epath-gcs]'): {e}") from e
+    except FileNotFoundError as e:
+        if "Bucket does not exist" not in str(e):
+            raise
+        raise UserError(
+            f"{e}: make it, or, if it is there and empty, let this account see it "
+            "(roles/storage.legacyBucketReader)"
+        ) from e

@@ -42,6 +42,8 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise UserError(f"unexpected argument {remaining[1]!r}")
         check_processes(*process_flags())
         return remaining
+    except SystemExit:  # After --help, which to absl is a failure.
+        sys.exit(0)
     except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError,
             ImportError) as e:  # fmt: skip
         missing = e.args[0] if e.args and isinstance(e.args[0], KeyError) else e

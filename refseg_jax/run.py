@@ -111,7 +111,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
                 "give another --workdir, or the same config to resume"
             )
     elif jax.process_index() == 0:
-        root.mkdir(parents=True, exist_ok=True)
+        if "://" not in workdir:  # A bucket has no folders.
+            root.mkdir(parents=True, exist_ok=True)
         tokenizer.save(tokenizer_path)
         checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
     return tokenizer

@@ -9,6 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from refseg_jax import checkpoint, logging, run
 from refseg_jax.data import load_tokenizer
+from refseg_jax.errors import UserError, bucket_errors
 from tests import tiny
 
 
@@ -50,6 +51,13 @@ def test_checkpoints_of_a_bucket_go_there(bucket, monkeypatch):
     )
     checkpoint.Checkpoints(bucket)
     assert folders == [f"{bucket}/checkpoints/last", f"{bucket}/checkpoints/best"]
+
+
+def test_a_bucket_that_does_not_exist_is_one_line():
+    with pytest.raises(UserError, match="Bucket does not exist: no-such: make it"), bucket_errors():
+        raise FileNotFoundError("Bucket does not exist: no-such")  # As gcsfs has it.
+    with pytest.raises(FileNotFoundError), bucket_errors():
+        open("/no/such/file")
 
 
 @pytest.mark.parametrize("remote", [False, True])

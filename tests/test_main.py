@@ -56,6 +56,11 @@ def test_bad_input_is_one_line(arguments, expected, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_help_is_no_failure():
+    done = main("--help")
+    assert done.returncode == 0 and "--config" in done.stdout and done.stderr == ""
+
+
 def test_a_config_is_found_from_elsewhere(tmp_path):
     """As where the package is installed and not the current folder."""
     (tmp_path / "refseg_jax").symlink_to(REPO / "refseg_jax")

@@ -174,8 +174,9 @@ def free_port():
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
     """whole: 1 process, 2 devices, unbroken. stopped: 2 processes, SIGTERM to the second of them,
-    again and again. one, four: it goes on with 1 process of 1 device, and with 4. faulty: 2, the
-    second fails. apart: 2 without a folder in common. cut: SIGTERM in an evaluation; it goes on."""
+    again and again. one: it goes on with 2, which get SIGKILL, then with 1 process of 1 device.
+    four: it goes on with 4. faulty: 2, the second fails. apart: 2 without a folder in common. cut:
+    SIGTERM in an evaluation; it goes on."""
     root = tmp_path_factory.mktemp("groups")
     found = {"stopped": Group(root / "stopped", 2, pause=0.25)}
     try:
@@ -195,9 +196,16 @@ def groups(tmp_path_factory):
         cut = found["cut"] = Group(root / "cut", 1, fault=-6, train__steps=6)
         # More sentences at once than the devices of `four` can share.
         four = {"mesh__data": 2, "mesh__fsdp": 2, "eval__batch_size": 6}
-        for name, count, changes in (("one", 1, {}), ("four", 4, four)):
+        for name in ("one", "four"):
             shutil.copytree(stopped.workdir, root / name)
-            found[name] = Group(root / name, count, devices=1, **changes)
+        killed = found["one"] = Group(root / "one", 2, pause=0.25)
+        found["four"] = Group(root / "four", 4, devices=1, **four)
+        begun = len(killed.metrics())
+        killed.until(lambda: len(killed.metrics()) >= begun + 3, "third row of metrics")
+        for process in killed.processes:
+            process.kill()
+        killed.ended(-signal.SIGKILL)
+        found["one"] = Group(root / "one", 1, devices=1)
         cut.ended(2)
         assert rows(cut, "val/mIoU") == {} and "at step 5, which is saved" in cut.errors(0)[0]
         found["cut"] = Group(root / "cut", 1, train__steps=6)

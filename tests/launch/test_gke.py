@@ -9,7 +9,8 @@ from tests.launch.stand_ins import GPU, TPU, TRAINING, script
 
 # A mapping has these keys and no others (a "?" at the end: or not), a list has items such as its
 # only one, <int> and <str> are types; all else is as it stands here. The fields are those of JobSet
-# v1alpha2, Job batch/v1 and the pod of core/v1.
+# v1alpha2 (in which, until 0.10, a pod's condition needs a status), Job batch/v1 and the pod of
+# core/v1.
 SCHEMA = """
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -36,7 +37,7 @@ spec:
         podFailurePolicy:
           rules:
           - action: FailJob
-            onPodConditions: [{type: DisruptionTarget}]
+            onPodConditions: [{type: DisruptionTarget, status: "True"}]
         template:
           spec:
             restartPolicy: Never
@@ -82,7 +83,8 @@ def check(value, schema, path=""):
 def jobset(tools, *arguments):
     """The document, the Job's and the pod's spec, the container, and the words it runs with."""
     tools.bash(*script("gke.sh", *arguments, "--", *TRAINING))
-    (call,) = tools.calls
+    before, call = tools.calls
+    assert before == ["kubectl", "delete", "jobset", "run", "--ignore-not-found"]
     assert call[:-1] == ["kubectl", "create", "--filename", "-"]
     document = yaml.safe_load(call[-1])
     check(document, yaml.safe_load(SCHEMA))

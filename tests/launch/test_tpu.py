@@ -14,6 +14,7 @@ def remote(tools, command):
     (call,) = [c for c in tools.calls if "systemd-run" in c]
     at = call.index("--")
     assert call[:2] == ["sudo", "systemd-run"] and "--property=KillMode=mixed" in call[:at]
+    assert "--property=After=network-online.target" in call[:at]  # It saves to a bucket as it ends.
     assert option(call[:at], "working-directory") == str(tools.folder / "refseg_jax")
     # systemd expands $NAME in what it runs, and reads $$ as $.
     assert all("$" not in word.replace("$$", "") for word in call[at:])
