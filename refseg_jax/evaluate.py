@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from refseg_jax.data import transforms
-from refseg_jax.data.pipeline import Batch, EvalBatches, train_iterator
+from refseg_jax.data.pipeline import EvalBatches, train_iterator
 from refseg_jax.data.records import Sentence, Source
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
@@ -121,20 +121,6 @@ class Result:
         return self.counts.by_kind(self.kinds)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spread:
-    """About `limit` sentences out of all: whole batches, evenly spread."""
-
-    batches: EvalBatches
-    limit: int
-
-    def __len__(self) -> int:
-        return min(len(self.batches), -(-self.limit // self.batches.batch_size))
-
-    def __getitem__(self, k: int) -> Batch:
-        return self.batches[k * len(self.batches) // len(self)]
-
-
 def sentence(source: Source, j: int) -> Sentence:
     """The j-th sentence of a source."""
     i, k = source.locate(j)
@@ -190,7 +176,7 @@ def evaluate(
       no_target_area: a prediction of fewer pixels, where the comparison is made, is taken as
         empty (gRefCOCO: 50); 0: every pixel counts.
       shuffle_text: give each image another one's expression (the control).
-      limit: score only about that many sentences: whole batches, evenly spread; None or 0: all.
+      limit: score only so many sentences, evenly spread; None or 0: all.
       keep_examples: how many examples to keep of each case: best, worst, middle. None are kept
         of shuffled expressions.
       put: host batch -> device batch.
@@ -215,10 +201,9 @@ def evaluate(
         letterbox=letterbox,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        limit=limit or None,
         shuffle_text_seed=0 if shuffle_text else None,
     )
-    if limit:
-        batches = _Spread(batches, limit)
     loaded = train_iterator(batches, workers=workers, threads=threads)
     label = f"{source.name}/{source.split}{' (shuffled expressions)' if shuffle_text else ''}"
     keep_examples = 0 if shuffle_text else keep_examples

@@ -157,19 +157,26 @@ class TrainBatches(_Batches):
 class EvalBatches(_Batches):
     """Every sentence of every ref, in order, the last batch padded; as many on every process.
 
-    With `shuffle_text_seed` every sample keeps its image and mask and is given the expression of
+    With a `limit` they are at most so many, evenly spread, whatever the batches are. With `shuffle_text_seed` every sample keeps its image and mask and is given the expression of
     a sample of another ref, each expression being used once: what a model scores then, it scores
     without language.
     """
 
+    limit: int | None = None
     shuffle_text_seed: int | None = None
 
+    @property
+    def num_sentences(self) -> int:
+        every = self.source.num_sentences
+        return every if self.limit is None else min(self.limit, every)
+
     def __len__(self) -> int:
-        return -(-self.source.num_sentences // self.batch_size)
+        return -(-self.num_sentences // self.batch_size)
 
     def __getitem__(self, k: int) -> Batch:
         """The k-th batch; see the module's docstring."""
-        sentences = [row if row < self.source.num_sentences else -1 for row in self._rows(k)]
+        every, some = self.source.num_sentences, self.num_sentences
+        sentences = [row * every // some if row < some else -1 for row in self._rows(k)]
         return self._load(sentences, [self._texts[j] for j in sentences])
 
     @functools.cached_property
