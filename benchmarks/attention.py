@@ -1,17 +1,20 @@
-"""Where does cuDNN's fused attention win on this GPU? Every attention of the models at paper size.
+"""Where does cuDNN's fused attention win on this GPU? The models' attentions at paper size.
 
 python -m benchmarks.attention [--model cris lavt] [--batch 8] [--repeats 50]
 
 A JSON line per model and different attention, in bfloat16: what it is ("attention" for
-`jax.nn.dot_product_attention`, "windows" for Swin's), queries [B,T,heads,width], how many keys S,
-whether there are a mask and a bias, how often the model calls it, and of forward and backward pass
+`jax.nn.dot_product_attention`, "windows" for Swin's, "cells" for CLIP's pool), queries
+[B,T,heads,width], how many keys S, whether there are a mask and a bias, how often the model calls
+it, and of forward and backward pass
 
 - ours_ms: in the operations that the model uses;
 - cudnn_ms: in cuDNN's kernels, Swin's shift regions and position biases as one bias; or "error",
   what cuDNN or JAX say where they do not take it;
 - ours/cudnn: the ratio of the two.
 
-BERT's attention drops weights out, which JAX does not hand to cuDNN, and is not among them.
+Not among them are attentions whose weights are dropped in training, which JAX does not hand to
+cuDNN (BERT's, and those of CRIS's decoder), and those of pixels and words, whose queries, keys or
+values the models never make.
 """
 
 import argparse
@@ -28,8 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.paper import CONFIGS, batch_shapes, paper_config, paper_state
-from refseg_jax.models.encoders import swin
+from benchmarks.paper import CONFIGS, batch_shapes, paper_config, paper_state, positive
+from refseg_jax.models.encoders import clip, swin
+from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.window_attention import attend
 from refseg_jax.models.layers.window_strip import APART
 from refseg_jax.predict import make_predict_step
@@ -61,9 +65,11 @@ class Attention(NamedTuple):
         return tuple(arrays)
 
     def ours(self, q, k, v, *bias):
+        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
         if self.kind == "windows":
-            flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
             return attend(*flat, *bias, self._regions()).reshape(q.shape)
+        if self.kind == "cells":
+            return self_attention(*flat, q.shape[2]).reshape(q.shape)
         return self._dot_product(q, k, v, None, None)
 
     def cudnn(self, q, k, v, *bias):
@@ -82,7 +88,7 @@ class Attention(NamedTuple):
 
     def _dot_product(self, q, k, v, bias, implementation):
         mask = jnp.ones((len(q), 1, 1, self.S), bool) if self.masked else None
-        scale = 1.0 if self.kind == "windows" else None  # Their queries come scaled.
+        scale = None if self.kind == "attention" else 1.0  # The others' queries come scaled.
         how = dict(scale=scale, is_causal=self.causal, implementation=implementation)
         return jax.nn.dot_product_attention(q, k, v, bias, mask, **how)
 
@@ -106,8 +112,14 @@ def attentions_of(name: str, batch: int) -> Counter[Attention]:
         found[Attention("windows", queries, n, regions=each)] += 1
         return q
 
+    def cells(q, k, v, heads):
+        B, N, C = q.shape
+        found[Attention("cells", (B, N, heads, C // heads), N)] += 1
+        return q
+
     with (
         mock.patch.object(jax.nn, "dot_product_attention", dot_product),
+        mock.patch.object(clip, "self_attention", cells),
         mock.patch.object(swin, "window_attention", windows),
     ):
         shapes = state.variables(), batch_shapes(config, batch)
@@ -149,8 +161,8 @@ def main() -> None:
         description=summary, epilog=details, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", nargs="+", choices=CONFIGS, default=CONFIGS)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--repeats", type=positive, default=50)
     flags = parser.parse_args()
     device = jax.devices()[0].device_kind
     for name in flags.model:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from benchmarks.paper import positive
 from refseg_jax.models.layers.deformable import (
     DeformableEncoder,
     ms_deform_attn,
@@ -72,7 +73,7 @@ def measure(name: str, function: Callable, arguments: tuple, repeats: int, **fac
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--size", choices=SIZES, action="append", help="default: all")
     options = parser.parse_args()
 

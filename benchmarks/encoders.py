@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from benchmarks.compare import compare
+from benchmarks.paper import positive
 from refseg_jax.models.encoders.bert import Bert, BertConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.weights.hf import bert_from_hf, swin_from_hf
@@ -70,8 +71,8 @@ def bert(repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--image_size", type=int, default=480)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--image_size", type=positive, default=480)
+    parser.add_argument("--repeats", type=positive, default=5)
     flags = parser.parse_args()
     with torch.inference_mode():
         swin(flags.image_size, flags.repeats)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.compare import compare
-from benchmarks.paper import CONFIGS, paper_config
+from benchmarks.paper import CONFIGS, paper_config, positive
 from benchmarks.pytorch.load import load
 from refseg_jax import models
 from refseg_jax.train_state import init_variables
@@ -88,8 +88,8 @@ def measure(name: str, size: int | None, repeats: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=CONFIGS, action="append", help="default: all")
-    parser.add_argument("--image_size", type=int, help="default: the paper's")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--image_size", type=positive, help="default: the paper's")
+    parser.add_argument("--repeats", type=positive, default=5)
     flags = parser.parse_args()
     with torch.inference_mode():
         for model in flags.model or CONFIGS:

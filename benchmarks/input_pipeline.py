@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
+from benchmarks.paper import positive
 from refseg_jax.data import custom, prepare, scenes, sets, shapes
 from refseg_jax.data.pipeline import TrainBatches, train_iterator
 from refseg_jax.data.records import FileSource
@@ -173,10 +174,10 @@ def main() -> None:
     parser.add_argument("--dataset", default="refcoco")
     parser.add_argument("--split_by", default="unc")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--image_size", type=int, default=480)
-    parser.add_argument("--samples", type=int, default=192)
-    parser.add_argument("--steps", type=int, default=40, help="batches of 16 for the loader")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--image_size", type=positive, default=480)
+    parser.add_argument("--samples", type=positive, default=192)
+    parser.add_argument("--steps", type=positive, default=40, help="batches of 16 for the loader")
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--workers", default="0,1,2")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

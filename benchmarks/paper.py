@@ -1,5 +1,6 @@
 """What the benchmarks share: the configs at their papers' size, and the shapes that they take."""
 
+import argparse
 import importlib
 import math
 from typing import Any
@@ -31,10 +32,21 @@ def paper_config(name: str, dtype: str = "float32") -> ml_collections.ConfigDict
     return config
 
 
+# A config as JSON -> what `paper_state` returns: to trace a model takes seconds.
+_STATES: dict[str, tuple[nn.Module, optax.GradientTransformation, TrainState]] = {}
+
+
 def paper_state(
     config: ml_collections.ConfigDict,
 ) -> tuple[nn.Module, optax.GradientTransformation, TrainState]:
     """(model, optimiser, shapes of the train state) of a config."""
+    key = config.to_json()
+    if key not in _STATES:
+        _STATES[key] = _trace_state(config)
+    return _STATES[key]
+
+
+def _trace_state(config):
     model = models.build(config.model)
 
     def make_tx(params):
@@ -73,13 +85,23 @@ def random_batch(config: ml_collections.ConfigDict, rows: int) -> dict[str, jax.
     }
 
 
+def positive(text: str) -> int:
+    """For argparse: a whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
 def product_flops(jaxpr: Jaxpr, unrolled: bool = True) -> int:
     """Floating-point operations of the products and convolutions of a jaxpr.
 
-    With its loops `unrolled`, or of one round of each.
+    With its loops `unrolled`, or of one round of each. Resizing, which is products in ours (and so
+    named, see layers/resize.py), is none of them.
     """
     total = 0
     for eqn in jaxpr.eqns:
+        if "resize" in str(eqn.source_info.name_stack).split("/"):
+            continue
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape

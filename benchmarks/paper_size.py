@@ -13,7 +13,7 @@ import time
 
 import jax
 
-from benchmarks.paper import paper_config, paper_state, random_batch
+from benchmarks.paper import paper_config, paper_state, positive, random_batch
 from refseg_jax.predict import make_predict_step
 from refseg_jax.train import train_step
 from refseg_jax.train_state import init_state, init_variables
@@ -39,7 +39,7 @@ def measure(name, function, *arguments):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="alignformer")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=positive, default=1)
     arguments = parser.parse_args()
     config, rows = paper_config(arguments.config), arguments.batch
     size, tokens = config.data.image_size, config.data.max_tokens

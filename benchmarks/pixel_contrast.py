@@ -15,6 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from benchmarks.paper import positive
 from refseg_jax.losses.contrastive import unit_length
 from refseg_jax.losses.pixel_contrast import pixel_contrast_loss
 
@@ -65,10 +66,10 @@ def measure(form: str, function, arguments: tuple, options: argparse.Namespace, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sides", default="28,56,112")
-    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--dim", type=positive, default=512)
     parser.add_argument("--foreground", type=float, default=0.2, help="share of the pixels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--limit_gib", type=float, default=8.0)
     options = parser.parse_args()
     for side in (int(side) for side in options.sides.split(",")):

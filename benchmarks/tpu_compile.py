@@ -1,20 +1,21 @@
 """What would a TPU make of each config at its paper's size? Compiled here, without a TPU.
 
 python -m benchmarks.tpu_compile [--config lavt,cris] [--topology v5e:2x2] [--step train,eval]
-                                 [--batch 8] [--dtype bfloat16] [--hlo DIR] [--update]
+                                 [--level O0] [--batch 8] [--dtype bfloat16] [--hlo DIR] [--update]
 
-Needs `libtpu`, of the version that jax[tpu] names. JAX_OPTIMIZATION_LEVEL=O0 compiles in a small
-part of the minutes that each takes, to a program that takes more memory and time.
-JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-0.3 saves a fifth and makes the same operations, of which only
-the machine code differs.
+Needs `libtpu`, of the version that jax[tpu] names. A level is how hard the compiler tries: "O0"
+takes a small part of the minutes of "default", to a slow program, of which no cycles are given.
+Where none is named it is "default" for one host of v5e, and "O0" elsewhere.
 
-A JSON line per config, topology and step; with --update they also replace their like in
-docs/scale.jsonl, of which docs/scale.md has its tables. All of it is the compiler's estimate, and
-nothing a measurement:
+A JSON line per config, topology and step, with "error" where it does not compile (the exit status
+is then 1). With --update they also replace their like in docs/scale.jsonl, of which docs/scale.md
+has its tables; what is there already, of the same program, compiler and level, is left alone. All
+of it is the compiler's estimate, and nothing a measurement:
 
 - peak_gib: memory that one chip needs, and `fits`, in what it has;
-- tflops, gbytes: work of one chip as the compiler counts it; model_tflops: that of the products and
-  convolutions by the shapes of the traced forward pass, times 3 for a train step;
+- tflops, gbytes: work of one chip as the compiler counts it, and bytes that its operations read and
+  write, in whichever memory; model_tflops: work of the products and convolutions by the shapes of
+  the traced forward pass, times 3 for a train step;
 - collectives: of each kind, how many, and the MiB of their results in one chip;
 - mcycles: millions of estimated cycles, a loop's body counted as often as it runs, and for our own
   kernels the instructions that they compile to or what the memory takes for their arrays, whichever
@@ -25,15 +26,17 @@ nothing a measurement:
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
 import re
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask.
@@ -48,9 +51,22 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from benchmarks.paper import CONFIGS, batch_shapes, forward_flops, paper_config, paper_state
+from benchmarks.paper import (
+    CONFIGS,
+    batch_shapes,
+    forward_flops,
+    paper_config,
+    paper_state,
+    positive,
+)
 from refseg_jax.predict import INPUTS, make_predict_step
-from refseg_jax.sharding import AXES, batch_sharding, replicated, state_sharding
+from refseg_jax.sharding import (
+    AXES,
+    batch_sharding,
+    compiler_options,
+    replicated,
+    state_sharding,
+)
 from refseg_jax.train import make_train_step
 
 # What a kernel is compiled from would name its source's files and lines, and the same program be
@@ -60,7 +76,13 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 STEPS = ("train", "eval")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-LEAST_EFFORT = -0.3  # With less, the operations are others than by default.
+# JAX's optimisation level and effort of what the record names so. A little less effort than by
+# default saves a fifth of the time and makes the same operations, but less of their machine code;
+# with much less, the operations are others.
+LEVELS = {"O0": ("O0", 0.0), "default, -0.3": ("UNKNOWN", -0.3)}
+ESTIMATED = ("v5e:2x2",)  # Of these the record has cycles, for which it takes the higher level.
+# What of a row is known before it is compiled, and decides what comes out.
+IDENTITY = ("program", "options", "libtpu")
 BITS = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
 
 
@@ -86,6 +108,7 @@ CHIPS = {
     "v5p": Chip(95, 459, 1.75, 2765, "2x2x1", "4x8x8"),
     "v6e": Chip(32, 918, 1.75, 1640, "2x2", "16x16"),
 }
+EVERYWHERE = [f"{kind}:{n}" for kind, chip in CHIPS.items() for n in (chip.host, chip.pod)]
 
 
 def place(op_name: str) -> str:
@@ -191,8 +214,22 @@ def trace_step(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
     return function.trace(argument, with_sharding(batch, batch_sharding(mesh)))
 
 
+@contextlib.contextmanager
+def compiling_at(level: str) -> Iterator[None]:
+    """Compiles at one of `LEVELS`."""
+    names = "jax_optimization_level", "jax_exec_time_optimization_effort"
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        for name, value in zip(names, LEVELS[level], strict=True):
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+
+
 def fingerprint(lowered: Any) -> str:
-    """Of the program before XLA: the same where XLA has nothing new to compile."""
+    """Of the program before XLA."""
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
 
 
@@ -210,35 +247,42 @@ def mesh_of(topology: str) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
+@functools.cache
+def row_flops(name: str, dtype: str) -> int:
+    """`forward_flops` of a config."""
+    return forward_flops(paper_config(name, dtype))
+
+
 def trace(
     name: str, step: str, topology: str, batch: int, dtype: str = "bfloat16"
 ) -> tuple[dict[str, Any], Any]:
     """(what is known before compiling, the lowered step); `batch` rows per chip."""
     mesh, config = mesh_of(topology), paper_config(name, dtype)
     lowered = trace_step(config, step, mesh, batch * mesh.size).lower()
-    flops = forward_flops(config) * batch * (3 if step == "train" else 1)
+    flops = row_flops(name, dtype) * batch * (3 if step == "train" else 1)
     row = {"config": name, "step": step, "topology": topology, "chips": mesh.size}
     row |= {"batch_per_chip": batch, "dtype": dtype}
     row["model_tflops"] = round(flops / 1e12, 3)
     row["program"] = fingerprint(lowered)
-    return row, lowered
+    row |= {"options": compiler_options(mesh), "libtpu": libtpu.__version__}
+    return row | {"jax": jax.__version__}, lowered
 
 
-def estimate(row: dict[str, Any], lowered: Any) -> tuple[dict[str, Any], str]:
-    """(the whole row, the compiled program) of what `trace` returns.
+def is_known(row: dict[str, Any], recorded: dict[str, Any]) -> bool:
+    """Whether to compile a traced `row` could but give what is `recorded`, at its level."""
+    return all(row[name] == recorded.get(name) for name in IDENTITY)
+
+
+def estimate(row: dict[str, Any], lowered: Any, level: str = "O0") -> tuple[dict[str, Any], str]:
+    """(the whole row, the compiled program) of what `trace` returns, at one of `LEVELS`.
 
     Cycles are left out of a program that was not optimised, or loops as often as data says.
     """
     chip = CHIPS[row["topology"].partition(":")[0]]
-    level = str(jax.config.jax_optimization_level)
-    effort = jax.config.jax_exec_time_optimization_effort
-    if level == "UNKNOWN":
-        level = f"default, {effort}" if effort else "default"
     row = row | {"level": level}
-    row |= {"jax": jax.__version__, "libtpu": libtpu.__version__}
-    begun = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with compiling_at(level):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])", str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or not used:
@@ -257,21 +301,25 @@ def estimate(row: dict[str, Any], lowered: Any) -> tuple[dict[str, Any], str]:
             kind: {"count": count, "mib": round(size / 2**20, 1)}
             for kind, (count, size) in program.collectives.items()
         },
-        "compile_s": round(time.perf_counter() - begun, 1),
     }
-    optimised = level.startswith("default") and effort >= LEAST_EFFORT
-    if optimised and not program.loops_on_data:
+    if level != "O0" and not program.loops_on_data:
         if "tpu_custom_call" in text:
             from benchmarks.tpu_kernels import kernel_cycles
 
             names = "config", "step", "topology", "batch_per_chip", "dtype"
             program.cycles.update(kernel_cycles(*(row[name] for name in names)))
         cycles = program.cycles.total()
-        most = chip.tflops * cycles / (chip.ghz * 1e9)
         row["mcycles"] = round(cycles / 1e6, 2)
-        row["share_of_peak"] = round(row["model_tflops"] / most, 3)
-        row["worst"] = {key: round(n / cycles, 3) for key, n in program.cycles.most_common(5)}
+        row["share_of_peak"] = share_of_peak(row)
+        row["worst"] = {name: round(n / cycles, 3) for name, n in program.cycles.most_common(5)}
     return row, text
+
+
+def share_of_peak(row: dict[str, Any]) -> float:
+    """Of a row with cycles."""
+    chip = CHIPS[row["topology"].partition(":")[0]]
+    most = chip.tflops * row["mcycles"] / (chip.ghz * 1e3)
+    return round(row["model_tflops"] / most, 3)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -301,17 +349,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row of docs/scale.jsonl is of, and where it stands there."""
+    return row["config"], STEPS.index(row["step"]), row["topology"], row["batch_per_chip"]
+
+
+def read_record() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """docs/scale.jsonl, by `key`."""
+    lines = (DOCS / "scale.jsonl").read_text().splitlines()
+    return {key(row): row for row in map(json.loads, lines)}
+
+
 def update(rows: list[dict[str, Any]]) -> None:
     """Puts `rows` in the place of their like in docs/scale.jsonl, and its tables in scale.md."""
-
-    def key(row):
-        return row["config"], STEPS.index(row["step"]), row["topology"], row["batch_per_chip"]
-
-    record, page = DOCS / "scale.jsonl", DOCS / "scale.md"
-    old = record.read_text().splitlines() if record.exists() else []
-    merged = {key(row): row for row in [*map(json.loads, old), *rows]}
+    merged = read_record() | {key(row): row for row in rows}
     merged = [merged[k] for k in sorted(merged)]
-    record.write_text("".join(json.dumps(row) + "\n" for row in merged))
+    (DOCS / "scale.jsonl").write_text("".join(json.dumps(row) + "\n" for row in merged))
+    page = DOCS / "scale.md"
     begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
     before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
@@ -331,33 +385,66 @@ def names_among(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
-def main():
+def topologies_among(text: str) -> list[str]:
+    """For argparse: topologies that libtpu knows, with commas between."""
+    names = names_among(tuple(CHIPS))(text)
+    for name in names:
+        try:
+            mesh_of(name)
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as e:
+            reason = " ".join(str(e).split())
+            message = f"{name!r} is no topology such as {EVERYWHERE[0]}: {reason}"
+            raise argparse.ArgumentTypeError(message) from e
+    return names
+
+
+def main() -> int:
+    """Returns the exit status."""
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    everywhere = [f"{kind}:{n}" for kind, chip in CHIPS.items() for n in (chip.host, chip.pod)]
     parser.add_argument("--config", type=names_among(CONFIGS), default=CONFIGS)
-    parser.add_argument("--topology", type=names_among(tuple(CHIPS)), default=everywhere)
+    parser.add_argument("--topology", type=topologies_among, default=EVERYWHERE)
     parser.add_argument("--step", type=names_among(STEPS), default=STEPS)
-    parser.add_argument("--batch", type=int, default=8, help="rows per chip")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--level", choices=LEVELS)
+    parser.add_argument("--batch", type=positive, default=8, help="rows per chip")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")
     parser.add_argument("--update", action="store_true", help="docs/scale.md and its .jsonl")
-    arguments = parser.parse_args()
-    for topology in arguments.topology:
-        for name in arguments.config:
-            for step in arguments.step:
-                traced = trace(name, step, topology, arguments.batch, arguments.dtype)
-                row, text = estimate(*traced)
-                print(json.dumps(row), flush=True)
-                if arguments.update:
-                    update([row])
-                if arguments.hlo:
-                    arguments.hlo.mkdir(parents=True, exist_ok=True)
-                    file = f"{name}_{step}_{topology.replace(':', '_')}.txt"
-                    (arguments.hlo / file).write_text(text)
+    flags = parser.parse_args()
+    if flags.update and flags.dtype != "bfloat16":
+        parser.error("--update: the record is of bfloat16")
+    if flags.update:
+        update([])
+    failed = False
+    for topology, name, step in itertools.product(flags.topology, flags.config, flags.step):
+        level = flags.level or ("default, -0.3" if topology in ESTIMATED else "O0")
+        row, lowered = trace(name, step, topology, flags.batch, flags.dtype)
+        recorded = read_record().get(key(row)) if flags.update else None
+        # Who tried harder knows the rest, too.
+        if recorded and is_known(row, recorded) and recorded["level"] in (level, "default, -0.3"):
+            row = recorded | row  # The model's own work may be counted otherwise by now.
+            if "mcycles" in row:
+                row["share_of_peak"] = share_of_peak(row)
+            update([row])
+            print(f"{name} {step} {topology}: known", file=sys.stderr)
+            continue
+        try:
+            row, text = estimate(row, lowered, level)
+        except jax.errors.JaxRuntimeError as e:
+            failed = True
+            print(json.dumps(row | {"error": " ".join(str(e).split())[:300]}), flush=True)
+            continue
+        print(json.dumps(row), flush=True)
+        if flags.update:
+            update([row])
+        if flags.hlo:
+            flags.hlo.mkdir(parents=True, exist_ok=True)
+            file = f"{name}_{step}_{topology.replace(':', '_')}.txt"
+            (flags.hlo / file).write_text(text)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

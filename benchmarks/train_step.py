@@ -2,11 +2,13 @@
 
 python -m benchmarks.train_step [--model cris lavt] [--side ours eager compile] [--batch 8]
                                 [--dtype bfloat16] [--steps 20] [--rounds 2] [--small]
+                                [--xla_flags=--xla_gpu_enable_triton_gemm=false ...]
 
 The others are benchmarks/pytorch under autocast, eager and under torch.compile: the same weights,
 AdamW, parameter groups and noise, but images that are normalised already. Every side has a process
-of its own, and in each round all take turns. Where there is no GPU they run on the CPU, and
-`--small` shrinks the models. A JSON line per model and side, with "error" if it failed, or
+of its own, and in each round all take turns. Each `--xla_flags`, flags with spaces between, is one
+side more: ours with them, which shows what they are worth. Where there is no GPU they run on the
+CPU, and `--small` shrinks the models. A JSON line per model and side, with "error" if it failed, or
 
 - step_s: median over windows of `--steps` steps, and step_s_range their extremes;
 - mfu: model_tflops (products and convolutions of our forward pass, times 3, for every side) over
@@ -16,8 +18,8 @@ of its own, and in each round all take turns. Where there is no GPU they run on 
 - compile_s: the first step of the first round, from start to end;
 - loss: of that step, to compare (dropout and stochastic depth are drawn differently);
 
-then a line per model: ours/eager and ours/compile, ratios of samples per second. The exit status is
-1 if a side failed.
+then a line per model: ours/eager, ours/compile and so on, ratios of samples per second, of the
+sides that ran on the same device. The exit status is 1 if a side failed or had another device.
 """
 
 import argparse
@@ -49,7 +51,10 @@ from refseg_jax.train_state import init_state, init_variables
 SIDES = ("ours", "eager", "compile")
 WINDOWS = 3  # Per round.
 # Words of a device's name -> TFLOP/s of dense products in bfloat16, as NVIDIA describes it.
-PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L4": 121}
+PEAKS = {
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
+    **{"H200 NVL": 835, "H200": 989, "A100": 312, "L4": 121},
+}
 # What --small makes of a recipe, where it has the field; the rest is the recipe's.
 SMALL = {
     "swin": dict(embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window=4),
@@ -191,11 +196,12 @@ def work(name: str, kind: str, flags: argparse.Namespace) -> dict[str, Any]:
     return result | {"peak": side.peak(), "device": side.device, "versions": side.versions}
 
 
-def launch(argv: list[str], timeout: int, cache: str) -> dict[str, Any]:
+def launch(argv: list[str], xla_flags: str, timeout: int, cache: str) -> dict[str, Any]:
     """What `work` returns in a process of its own, its compilers' caches in `cache`; or "error"."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--worker", *argv]
-    caches = {"JAX_COMPILATION_CACHE_DIR": f"{cache}/jax", "TORCHINDUCTOR_CACHE_DIR": cache}
-    out = dict(env=os.environ | caches, stdout=subprocess.PIPE, text=True)
+    variables = {"JAX_COMPILATION_CACHE_DIR": f"{cache}/jax", "TORCHINDUCTOR_CACHE_DIR": cache}
+    variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
+    out = dict(env=os.environ | variables, stdout=subprocess.PIPE, text=True)
     try:
         process = subprocess.run(command, timeout=timeout, **out)
         return json.loads(process.stdout.splitlines()[-1])
@@ -244,8 +250,13 @@ def summary(rounds: list[dict[str, Any]], flops: int, rows: int) -> dict[str, An
 
 
 def ratios(lines: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Our samples per second over those of each other side, of the sides that have any."""
-    speeds = {side: line["samples_per_s"] for side, line in lines.items() if "error" not in line}
+    """Our samples per second over those of each other side, of the sides that have any.
+
+    A side that did not find our device has none.
+    """
+    device = lines.get("ours", {}).get("device")
+    ran = {side: x for side, x in lines.items() if "error" not in x and x["device"] == device}
+    speeds = {side: line["samples_per_s"] for side, line in ran.items()}
     mine = speeds.pop("ours", None)
     return {f"ours/{side}": round(mine / speed, 3) for side, speed in speeds.items() if mine}
 
@@ -258,12 +269,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--model", nargs="+", choices=paper.CONFIGS, default=paper.CONFIGS)
     parser.add_argument("--side", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=paper.positive, default=8)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--steps", type=int, default=20, help="per window")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds, of a process")
+    parser.add_argument("--steps", type=paper.positive, default=20, help="per window")
+    parser.add_argument("--rounds", type=paper.positive, default=2)
+    parser.add_argument(
+        "--timeout", type=paper.positive, default=1800, help="seconds, of a process"
+    )
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--xla_flags", action="append", default=[])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     if flags.worker:
@@ -276,19 +290,26 @@ def main(argv: list[str]) -> int:
         return int("error" in result)
     failed = False
     for name in flags.model:
-        rounds = {side: [] for side in flags.side}
+        sides = {side: (side, "") for side in flags.side}
+        sides |= {f"ours {each}": ("ours", each) for each in flags.xla_flags}
+        rounds = {side: [] for side in sides}
         with tempfile.TemporaryDirectory() as cache:
             for _ in range(flags.rounds):
                 for side, results in rounds.items():
                     if not results or "error" not in results[-1]:
-                        only = [*argv, "--model", name, "--side", side]
-                        results.append(launch(only, flags.timeout, cache))
+                        kind, xla_flags = sides[side]
+                        only = [*argv, "--model", name, "--side", kind]
+                        results.append(launch(only, xla_flags, flags.timeout, cache))
         flops = model_flops(step_config(name, flags), flags.batch)
         lines = {side: summary(each, flops, flags.batch) for side, each in rounds.items()}
         for side, line in lines.items():
             about = {"model": name, "side": side, "batch": flags.batch, "dtype": flags.dtype}
             print(json.dumps(about | line), flush=True)
             failed |= "error" in line
+        devices = {line["device"] for line in lines.values() if "error" not in line}
+        if len(devices) > 1:
+            failed = True
+            print(f"{name}: not on one device: {', '.join(sorted(devices))}", file=sys.stderr)
         print(json.dumps({"model": name} | ratios(lines)), flush=True)
     return int(failed)
 

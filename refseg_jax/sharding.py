@@ -52,14 +52,18 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     return traced
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What the compiler for the devices of `mesh` has to be told."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    # Else it brings the largest array it can into the vector memory before a step begins: the
+    # table of words, in whose place no map can lie until a few of its rows have been picked.
+    return {"xla_msa_max_cross_program_prefetches": "0"}
+
+
 def jit_on_mesh(mesh: Mesh, function: Callable, **options: Any) -> Callable:
-    """`jax.jit` of `on_mesh`, with what the compiler for its devices has to be told."""
-    told = None
-    if mesh.devices.flat[0].platform == "tpu":
-        # Else it brings the largest array it can into the vector memory before a step begins: the
-        # table of words, in whose place no map can lie until a few of its rows have been picked.
-        told = {"xla_msa_max_cross_program_prefetches": "0"}
-    return jax.jit(on_mesh(mesh, function), compiler_options=told, **options)
+    """`jax.jit` of `on_mesh`, with `compiler_options`."""
+    return jax.jit(on_mesh(mesh, function), compiler_options=compiler_options(mesh), **options)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

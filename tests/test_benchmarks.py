@@ -22,6 +22,7 @@ def measured(*windows, peak=None, device="cpu", loss=1.0):
     [
         ("NVIDIA H100 80GB HBM3", 0.5),
         ("NVIDIA H100 PCIe", 0.6541),
+        ("NVIDIA H200 NVL", 0.5922),
         ("NVIDIA A100-SXM4-80GB", 1.5849),
         ("NVIDIA L40S", None),
         ("cpu", None),
@@ -45,16 +46,18 @@ def test_summary_of_rounds():
 
 
 def test_ratios_of_the_sides_that_ran():
-    ours, eager, failed = {"samples_per_s": 3}, {"samples_per_s": 2}, {"error": "memory"}
+    ours = {"samples_per_s": 3, "device": "NVIDIA H100"}
+    eager, failed = ours | {"samples_per_s": 2}, {"error": "memory"}
     lines = {"ours": ours, "eager": eager, "compile": failed}
     assert train_step.ratios(lines) == {"ours/eager": 1.5}
     assert train_step.ratios(lines | {"ours": failed}) == {}
+    assert train_step.ratios(lines | {"eager": eager | {"device": "cpu"}}) == {}
 
 
 def test_a_side_that_fails_leaves_the_others_running(monkeypatch, capsys):
     calls = []
 
-    def launch(argv, timeout, cache):
+    def launch(argv, xla_flags, timeout, cache):
         calls.append(argv[-1])
         return {"error": "memory"} if argv[-1] == "eager" else measured(0.1)
 
@@ -67,9 +70,31 @@ def test_a_side_that_fails_leaves_the_others_running(monkeypatch, capsys):
     assert eager["error"] == "memory" and last == {"model": "lavt", "ours/compile": 1.0}
 
 
+def test_flags_are_a_side_of_their_own(monkeypatch, capsys):
+    def launch(argv, xla_flags, timeout, cache):
+        assert argv[-2:] == ["--side", "ours"]
+        return measured(0.1 if xla_flags else 0.2, device="cpu" if "=2" in xla_flags else "GPU")
+
+    monkeypatch.setattr(train_step, "launch", launch)
+    monkeypatch.setattr(train_step, "model_flops", lambda config, rows: rows)
+    arguments = ["--model", "lavt", "--side", "ours", "--xla_flags=--a=1 --b=1"]
+    assert train_step.main(arguments) == 0
+    *_, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert last == {"model": "lavt", "ours/ours --a=1 --b=1": 0.5}
+    assert train_step.main([*arguments, "--xla_flags=--a=2"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == last
+    assert "lavt: not on one device: GPU, cpu" in printed.err
+
+
+def test_a_process_with_flags_that_it_does_not_know():
+    result = train_step.launch(["--model", "lavt", "--side", "ours"], "--xla_no_flag=1", 60, "no")
+    assert result["error"].startswith("the process ended with status")
+
+
 def test_a_process_that_says_nothing(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    result = train_step.launch([], 60, "unused")
+    result = train_step.launch([], "", 60, "unused")
     assert result == {"error": "the process ended with status 1"}
 
 
@@ -86,7 +111,9 @@ def test_windows_are_the_same_for_cudnn(regions, monkeypatch):
 
 
 def test_attentions_of_a_model():
-    found = attention.attentions_of("cris", 2)
-    assert found[attention.Attention("attention", (2, 17, 8, 64), 17, causal=True)] == 12
+    assert attention.attentions_of("cris", 2) == {
+        attention.Attention("attention", (2, 17, 8, 64), 17, causal=True): 12,
+        attention.Attention("cells", (2, 169, 32, 64), 169): 1,
+    }
     line = attention.measure(attention.Attention("attention", (2, 3, 2, 8), 5, True), 1)
     assert line["ours_ms"] > 0 and "error" in line  # There is no cuDNN.

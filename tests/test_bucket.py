@@ -1,6 +1,7 @@
 """A run's directory in a bucket: what lies beside the checkpoints is written and read there."""
 
 import json
+import pathlib
 
 import fsspec
 import pytest
@@ -57,7 +58,7 @@ def test_a_bucket_that_does_not_exist_is_one_line():
     with pytest.raises(UserError, match="Bucket does not exist: no-such: make it"), bucket_errors():
         raise FileNotFoundError("Bucket does not exist: no-such")  # As gcsfs has it.
     with pytest.raises(FileNotFoundError), bucket_errors():
-        open("/no/such/file")
+        pathlib.Path("/no/such/file").read_text()
 
 
 @pytest.mark.parametrize("remote", [False, True])

@@ -1,8 +1,10 @@
 """Every config compiles for TPUs and fits them, and docs/scale.md has the tables of its record."""
 
 import base64
+import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,7 +25,7 @@ from refseg_jax.models.layers.layer_norm import normalize_in_kernel  # noqa: E40
 from refseg_jax.sharding import batch_sharding, jit_on_mesh, on_mesh, on_tpus, replicated  # noqa: E402
 from tests.conftest import REPO  # noqa: E402
 
-ROWS = [json.loads(line) for line in (tpu_compile.DOCS / "scale.jsonl").read_text().splitlines()]
+RECORD = tpu_compile.read_record()
 
 # The scheduled text of a program: a loop of 3 rounds, and beside it a pair of all-reduces, an
 # all-gather in two fusions, and an all-reduce of which each chip keeps a part.
@@ -60,26 +62,19 @@ ENTRY %main.1 (x.1: bf16[8,128]) -> bf16[8,128] {
 """  # noqa: E501
 
 
-@pytest.fixture
-def fast():
-    """Compiles to slow programs that take more memory, in a sixth of the time."""
-    jax.config.update("jax_optimization_level", "O0")
-    yield
-    jax.config.update("jax_optimization_level", "UNKNOWN")
-
-
+@pytest.mark.parametrize("step", tpu_compile.STEPS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_train_step_fits_the_smallest_chip(name, fast):
-    place = {"config": name, "step": "train", "topology": "v5e:2x2", "fits": True}
-    recorded = max(
-        (row for row in ROWS if place.items() <= row.items()), key=lambda row: row["batch_per_chip"]
-    )
-    row, lowered = tpu_compile.trace(name, "train", "v5e:2x2", recorded["batch_per_chip"])
+def test_a_step_fits_the_smallest_chip(name, step):
+    row, lowered = tpu_compile.trace(name, step, "v5e:2x2", 8)
+    recorded = RECORD[tpu_compile.key(row)]
     assert row["model_tflops"] == recorded["model_tflops"], "docs/scale.md is of another model"
     # What was compiled for the record need not be compiled again, which takes minutes.
-    if row["program"] != recorded["program"]:
+    if not tpu_compile.is_known(row, recorded):
         recorded, _ = tpu_compile.estimate(row, lowered)
     assert recorded["fits"]
+    if step == "eval":
+        assert not recorded["collectives"]  # No chip waits for another.
+        return
     mib = {kind: moved["mib"] for kind, moved in recorded["collectives"].items()}
     assert mib["reduce-scatter"] > 40  # A fourth of the gradients, of all encoders at least,
     assert mib["all-gather"] > 200  # and the parameters that were made of it.
@@ -108,10 +103,8 @@ def test_a_device_is_a_chip(kind):
 @pytest.mark.parametrize(
     ("kind", "rows", "channels"), [("v4", 1, 1), ("v5p", 2, 1), ("v5p", 2, 2), ("v5e", 2, 1)]
 )
-def test_a_feed_forward_fits_the_vector_memory(kind, rows, channels, request):
+def test_a_feed_forward_fits_the_vector_memory(kind, rows, channels):
     """Both passes with the most rows, and with channels that are the most of a limit."""
-    if kind == "v5p":
-        request.getfixturevalue("fast")  # Where they need more.
     mesh = tpu_compile.mesh_of(f"{kind}:{tpu_compile.CHIPS[kind].host}")
     C = channels * feed_forward.MOST_CHANNELS
     n = rows * feed_forward.MOST_NUMBERS // feed_forward.WIDTH
@@ -129,7 +122,10 @@ def test_a_feed_forward_fits_the_vector_memory(kind, rows, channels, request):
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
         for shape, sharding in zip(shapes, shardings, strict=True)
     ]
-    compiled = jit_on_mesh(mesh, both).lower(x, *operands).compile().as_text()
+    # Without optimisation they need more.
+    at = tpu_compile.compiling_at("O0") if kind == "v5p" else contextlib.nullcontext()
+    with at:
+        compiled = jit_on_mesh(mesh, both).lower(x, *operands).compile().as_text()
     assert "feed_forward_backward" in compiled
 
 
@@ -167,7 +163,7 @@ def test_no_table_of_words_takes_the_place_of_maps(kind):
     assert early == [True, False]
 
 
-def test_a_step_too_large_does_not_fit(fast, monkeypatch):
+def test_a_step_too_large_does_not_fit(monkeypatch):
     config = paper_config("lavt", "bfloat16")
     config.data.image_size = 64
     config.model.swin.update(depths=(1, 1, 1, 1), embed_dim=32, num_heads=(1, 1, 1, 1))
@@ -398,4 +394,81 @@ def test_a_loop_runs_as_often_as_it_may_or_is_named():
 
 
 def test_the_page_has_the_tables_of_the_record():
-    assert tpu_compile.table(ROWS) in (tpu_compile.DOCS / "scale.md").read_text()
+    assert tpu_compile.table(list(RECORD.values())) in (tpu_compile.DOCS / "scale.md").read_text()
+
+
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    """Of CRIS's evaluation step on one host of v5e; the record is a copy, and tracing finds it."""
+    for name in ("scale.jsonl", "scale.md"):
+        shutil.copy(tpu_compile.DOCS / name, tmp_path)
+    monkeypatch.setattr(tpu_compile, "DOCS", tmp_path)
+    row = RECORD["cris", 1, "v5e:2x2", 8]
+    names = "program", "options", "libtpu", "jax", "model_tflops"
+    known = {name: row[name] for name in names}
+
+    def trace(config, step, topology, batch, dtype):
+        about = dict(config=config, step=step, topology=topology, chips=4, batch_per_chip=batch)
+        return about | {"dtype": dtype} | known, None
+
+    monkeypatch.setattr(tpu_compile, "trace", trace)
+    return known
+
+
+def run_update(monkeypatch, *arguments):
+    words = ["--config", "cris", "--step", "eval", "--topology", "v5e:2x2", "--update", *arguments]
+    monkeypatch.setattr(sys, "argv", ["tpu_compile", *words])
+    return tpu_compile.main()
+
+
+@pytest.mark.parametrize("level", tpu_compile.LEVELS)
+def test_what_is_recorded_is_not_compiled_again(recorded, level, monkeypatch):
+    monkeypatch.setattr(tpu_compile, "estimate", None)
+    before = [path.read_bytes() for path in sorted(tpu_compile.DOCS.iterdir())]
+    assert run_update(monkeypatch, "--level", level) == 0
+    assert [path.read_bytes() for path in sorted(tpu_compile.DOCS.iterdir())] == before
+    recorded["model_tflops"] *= 0.5
+    assert run_update(monkeypatch) == 0
+    row = tpu_compile.read_record()["cris", 1, "v5e:2x2", 8]
+    assert row["share_of_peak"] == pytest.approx(
+        RECORD["cris", 1, "v5e:2x2", 8]["share_of_peak"] / 2, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("what", tpu_compile.IDENTITY)
+def test_another_program_or_compiler_is_compiled(recorded, what, monkeypatch, capsys):
+    recorded[what] = "another"
+    levels = []
+
+    def estimate(row, lowered, level):
+        levels.append(level)
+        if len(levels) > 1:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no\nroom")
+        return row | {"level": level, "fits": True, "peak_gib": 1.25}, ""
+
+    monkeypatch.setattr(tpu_compile, "estimate", estimate)
+    assert run_update(monkeypatch) == 0
+    row = tpu_compile.read_record()["cris", 1, "v5e:2x2", 8]
+    assert row["peak_gib"] == 1.25 and row[what] == "another" and "mcycles" not in row
+    # An error is no end, and changes no record; on more chips the level is the lower one.
+    recorded[what] = "a third"
+    before = tpu_compile.read_record()
+    assert run_update(monkeypatch, "--topology", "v5e:2x2,v5e:4x4") == 1
+    assert levels == ["default, -0.3"] * 2 + ["O0"] and tpu_compile.read_record() == before
+    errors = [json.loads(line)["error"] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert errors == ["INTERNAL: no room"] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--topology", "v5e:3x5"], "'v5e:3x5' is no topology"),
+        (["--topology", "v5e"], "'v5e' is no topology"),
+        (["--batch", "0"], "0 is not positive"),
+        (["--dtype", "float32"], "the record is of bfloat16"),
+    ],
+)
+def test_bad_arguments_are_told(words, expected, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_update(monkeypatch, *words)
+    assert expected in capsys.readouterr().err

@@ -157,8 +157,9 @@ class TrainBatches(_Batches):
 class EvalBatches(_Batches):
     """Every sentence of every ref, in order, the last batch padded; as many on every process.
 
-    With a `limit` they are at most so many, evenly spread, whatever the batches are. With `shuffle_text_seed` every sample keeps its image and mask and is given the expression of
-    a sample of another ref, each expression being used once: what a model scores then, it scores
+    With a `limit` they are at most so many, evenly spread, whatever the batches are. With
+    `shuffle_text_seed` every sample keeps its image and mask and is given the expression of a
+    sample of another ref, each expression being used once: what a model scores then, it scores
     without language.
     """
 

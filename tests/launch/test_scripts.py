@@ -80,7 +80,10 @@ def test_help_needs_nothing(name, plain):
         (["slurm.sh", "--nodes", "2", "--", "x"], "--gpus is missing"),
         (["slurm.sh", "--nodes", "2", "--gpus", "4"], "arguments of training are missing"),
         (["slurm.sh", "--nodes", "2", "--gpus", "4", "--time", "10", "--", "x"], "10 is too short"),
-        (["slurm.sh", "--nodes=2", "--gpus=4", "--time=0:09:30", "--", "x"], "0:09:30 is too short"),
+        (
+            ["slurm.sh", "--nodes=2", "--gpus=4", "--time=0:09:30", "--", "x"],
+            "0:09:30 is too short",
+        ),
         (["slurm_job.sh", "python"], "to be run by sbatch"),
         (["container.sh", "--for", "rocm", "--tag", "x"], "--for is 'rocm'"),
         (["container.sh", "--for", "tpu"], "--tag is missing"),

@@ -127,6 +127,7 @@ def _resize_products(
     return jnp.einsum("Hhi,bhWid->bHWd", shifted(h, size[0]), y, precision=highest)
 
 
+@jax.named_scope("resize")
 def _resize(
     x: jax.Array, size: tuple[int, int], interpolation: Callable[[int, int], np.ndarray]
 ) -> jax.Array:
