@@ -14,7 +14,7 @@
 #   --restarts N            failures until it gives up (10); a preemption is none, unless a pod that
 #                           ends with the one that is preempted is seen first
 #   --service-account NAME  of Kubernetes, with access to the bucket (default)
-#   --dry-run               print the command
+#   --dry-run               print the commands
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -126,8 +126,8 @@ spec:
 YAML
 )
 
-# One of that name runs, has failed or is finished: it ends as at a preemption, and goes on.
-run kubectl delete jobset "$name" --ignore-not-found
+# One of that name, which may run still: its pods save and end before the new ones begin.
+run kubectl delete jobset "$name" --ignore-not-found --cascade=foreground
 if [[ $dry_run ]]; then
   printf "kubectl create --filename - <<'YAML'\n%s\nYAML\n" "$jobset"
 else

@@ -84,7 +84,8 @@ def jobset(tools, *arguments):
     """The document, the Job's and the pod's spec, the container, and the words it runs with."""
     tools.bash(*script("gke.sh", *arguments, "--", *TRAINING))
     before, call = tools.calls
-    assert before == ["kubectl", "delete", "jobset", "run", "--ignore-not-found"]
+    assert before[:4] == ["kubectl", "delete", "jobset", "run"]
+    assert "--ignore-not-found" in before and "--cascade=foreground" in before  # Its pods are gone.
     assert call[:-1] == ["kubectl", "create", "--filename", "-"]
     document = yaml.safe_load(call[-1])
     check(document, yaml.safe_load(SCHEMA))
