@@ -312,9 +312,11 @@ def train(
             checkpoint.check_data(workdir, data.identity(trainer.source), resumed=start > 0)
         writer = MetricWriter(workdir, start, trainer.steps, active=jax.process_index() == 0)
         try:
+            samples = trainer.steps * config.train.batch_size
             writer.say(
                 f"{config.model.name}: {trainer.num_params:,} parameters, {trainer.origin}, "
-                f"steps {start} to {trainer.steps} of {config.train.batch_size} samples, "
+                f"steps {start} to {trainer.steps} of {config.train.batch_size} samples "
+                f"({samples / trainer.sampled.samples_per_epoch:.3g} epochs), "
                 f"{trainer.source.num_sentences} sentences of {len(trainer.source)} refs, "
                 f"{trainer.mesh.size} {jax.default_backend()} device(s)"
             )
