@@ -50,7 +50,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.update(decoder_layers=3, decoder_ffn=128, cmic_weight=0.02)
         if config.data.dataset == "shapes":  # A lower rate leaves the first plateau sooner.
             config.optim.lr = 5e-4
-            config.train.update(steps=4000, eval_every=1000, checkpoint_every=500)
 
     if "vlua" in words:
         config.model.fusion = "vlua"

@@ -144,10 +144,10 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
 def test_a_changed_config_is_not_resumed(tmp_path):
     run.prepare(tiny.config(optim__lr=0.1), str(tmp_path))
     run.prepare(tiny.config(), str(tmp_path))  # The first attempt has saved nothing to resume.
-    assert checkpoint.read_config(str(tmp_path)).optim.lr == 1e-3
+    assert checkpoint.read_config(str(tmp_path)).optim.lr == 5e-4
     (tmp_path / "checkpoints" / "last" / "5").mkdir(parents=True)
     run.prepare(tiny.config(eval__batch_size=4), str(tmp_path))  # Free to change.
-    with pytest.raises(UserError, match=r"optim.lr: 0.001 there, 0.1 now"):
+    with pytest.raises(UserError, match=r"optim.lr: 0.0005 there, 0.1 now"):
         run.prepare(tiny.config(optim__lr=0.1), str(tmp_path))
 
 
