@@ -4,8 +4,8 @@ python -m benchmarks.tpu_compile [--config lavt,cris] [--topology v5e:2x2] [--st
                                  [--level O0] [--batch 8] [--dtype bfloat16] [--hlo DIR] [--update]
 
 Needs `libtpu`, of the version that jax[tpu] names. A level is how hard the compiler tries: "O0"
-takes a small part of the minutes of "default", to a slow program, of which no cycles are given.
-Where none is named it is "default" for one host of v5e, and "O0" elsewhere.
+takes a small part of the minutes of "default, -0.3", to a slow program, of which no cycles are
+given. Where none is named it is the latter for one host of v5e, and "O0" elsewhere.
 
 A JSON line per config, topology and step, with "error" where it does not compile (the exit status
 is then 1). With --update they also replace their like in docs/scale.jsonl, of which docs/scale.md
@@ -79,7 +79,8 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 # JAX's optimisation level and effort of what the record names so. A little less effort than by
 # default saves a fifth of the time and makes the same operations, but less of their machine code;
 # with much less, the operations are others.
-LEVELS = {"O0": ("O0", 0.0), "default, -0.3": ("UNKNOWN", -0.3)}
+HARDEST = "default, -0.3"
+LEVELS = {"O0": ("O0", 0.0), HARDEST: ("UNKNOWN", -0.3)}
 ESTIMATED = ("v5e:2x2",)  # Of these the record has cycles, for which it takes the higher level.
 # What of a row is known before it is compiled, and decides what comes out.
 IDENTITY = ("program", "options", "libtpu")
@@ -419,11 +420,11 @@ def main() -> int:
         update([])
     failed = False
     for topology, name, step in itertools.product(flags.topology, flags.config, flags.step):
-        level = flags.level or ("default, -0.3" if topology in ESTIMATED else "O0")
+        level = flags.level or (HARDEST if topology in ESTIMATED else "O0")
         row, lowered = trace(name, step, topology, flags.batch, flags.dtype)
         recorded = read_record().get(key(row)) if flags.update else None
         # Who tried harder knows the rest, too.
-        if recorded and is_known(row, recorded) and recorded["level"] in (level, "default, -0.3"):
+        if recorded and is_known(row, recorded) and recorded["level"] in (level, HARDEST):
             row = recorded | row  # The model's own work may be counted otherwise by now.
             if "mcycles" in row:
                 row["share_of_peak"] = share_of_peak(row)

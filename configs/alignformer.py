@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.update(query="mean", fuse_hidden=2.0, prior=0.05)
         config.model.update(dim=64, heads=4, pixel_layers=1, pixel_ffn=128, lateral=True)
         config.model.update(decoder_layers=3, decoder_ffn=128, cmic_weight=0.02)
-        if config.data.dataset == "shapes":  # A lower rate leaves the first plateau sooner.
+        if config.data.dataset == "shapes":  # docs/training.md has the rates that were tried.
             config.optim.lr = 5e-4
 
     if "vlua" in words:
