@@ -50,8 +50,12 @@ def parse_variant(variant: str, known: tuple[str, ...] = ()) -> set[str]:
             close = difflib.get_close_matches(word, choices, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown config variant {word!r}{hint} (known: {', '.join(choices)})")
-    if {"small", "swin_small"} <= words:
-        raise ValueError(f"config variant {variant!r} names more than one size")
+    for word in sorted(words & {"swin_small", "resnet50"}):
+        if is_small(words):
+            raise ValueError(
+                f"config variant {variant!r}: the small model has encoders of its own; "
+                f"{word} is for a whole recipe, e.g. refcoco,{word}"
+            )
     if len(words & set(DATASETS)) > 1:
         raise ValueError(f"config variant {variant!r} names more than one dataset")
     return words
@@ -92,6 +96,9 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.data.eval_splits = DATASETS[dataset]["eval_splits"]
     config.data.image_size = 480
     config.data.letterbox = False  # Pictures keep their shape in the square that they are put into.
+    # Of raw data: sentences as typed, or "sent", in lower case and cleaned. What is prepared has
+    # those that it was prepared with.
+    config.data.text_field = "raw"
     config.data.max_tokens = 20
     # "shapes" (its grammar's own words), a tokenizer file or directory, or a Hugging Face name.
     config.data.tokenizer = "shapes" if embedded else "bert-base-uncased"

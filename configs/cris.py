@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data.update(image_size=416, letterbox=True)
     config.data.max_tokens = 22 if config.data.dataset == "refcocog" else 17
-    config.data.sampling = "ref"
+    config.data.update(sampling="ref", text_field="sent")
     # The rate falls after 35 of 50 epochs.
     config.optim.update(lr=1e-4, end_lr=1e-5, decay_share=0.7, schedule="step")
     config.optim.update(weight_decay=0.0, groups=GROUPS)

@@ -28,29 +28,17 @@ class Checkpoints:
     """The `last` and `best` checkpoints of one run. Use as a context manager: leaving waits."""
 
     def __init__(self, workdir: str):
-        root = epath.Path(workdir) / "checkpoints"
-        if "://" not in str(workdir):
-            root = root.absolute()
-        self.last = ocp.CheckpointManager(
-            root / "last",
-            options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
-            item_handlers=ocp.StandardCheckpointHandler(),
-        )
-        self.best = ocp.CheckpointManager(
-            root / "best",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, create=True, best_fn=lambda m: m["score"], best_mode="max"
-            ),
-            item_handlers=ocp.StandardCheckpointHandler(),
-        )
+        self.last = _manager(workdir, "last", create=True)
+        self.best = _manager(workdir, "best", create=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc) -> None:
-        for manager in (self.last, self.best):
-            with _saving(manager):
-                manager.close()
+        with contextlib.ExitStack() as stack:  # Both, whatever happens to one.
+            for manager in (self.best, self.last):
+                stack.enter_context(_saving(manager))
+                stack.callback(manager.close)
 
     def save_last(self, state: Any) -> None:
         """Saves the train state under its step (in the background)."""
@@ -73,7 +61,8 @@ class Checkpoints:
         held = self.best_score()
         if held and (score <= held[1] or step == held[0]):
             return False
-        # A run resumed from before its best may come by the same step with a better score.
+        # A run resumed from before its best comes by earlier steps again, perhaps with a better
+        # score: Orbax saves those by force only.
         args, metrics = ocp.args.StandardSave(variables), {"score": score}
         with _saving(self.last):
             self.last.wait_until_finished()  # The processes meet for one at a time.
@@ -82,9 +71,18 @@ class Checkpoints:
             self.best.wait_until_finished()
         return True
 
-    def restore_best(self, abstract: Any) -> Any | None:
-        """The best variables, laid out as `abstract`; None if there are none yet."""
-        return _restore(self.best, abstract, self.best.best_step())
+
+def _manager(workdir: str, name: str, **options) -> ocp.CheckpointManager:
+    root = epath.Path(workdir)
+    if "://" not in str(workdir):
+        root = root.absolute()
+    if name == "best":
+        options |= dict(best_fn=lambda metrics: metrics["score"], best_mode="max")
+    return ocp.CheckpointManager(
+        root / "checkpoints" / name,
+        options=ocp.CheckpointManagerOptions(max_to_keep=1, **options),
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
 
 @contextlib.contextmanager
@@ -195,10 +193,17 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
         path.write_text(json.dumps(found) + "\n")
 
 
-def any_saved(workdir: str) -> bool:
-    """Whether the run in `workdir` has a checkpoint of either kind."""
-    steps = (epath.Path(workdir) / "checkpoints").glob("*/*")
+def any_saved(workdir: str, kind: str = "*") -> bool:
+    """Whether the run in `workdir` has a checkpoint, "last" or "best" or of either kind."""
+    steps = (epath.Path(workdir) / "checkpoints").glob(f"{kind}/*")
     return any(step.name.isdigit() for step in steps)  # Not what a kill left half-written.
+
+
+def check_trained(workdir: str) -> None:
+    """Raises a UserError where `workdir` is no run, or has no best checkpoint yet."""
+    read_config(workdir)
+    if not any_saved(workdir, "best"):
+        raise UserError(f"{workdir} has no best checkpoint yet: train until the first evaluation")
 
 
 def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -207,12 +212,10 @@ def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding
     Raises:
       UserError: there are none, or they do not fit.
     """
-    read_config(workdir)  # Fails first, and better, where `workdir` is no run at all.
+    check_trained(workdir)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables
     )
-    with Checkpoints(workdir) as checkpoints:
-        loaded = checkpoints.restore_best(abstract)
-    if loaded is None:
-        raise UserError(f"{workdir} has no best checkpoint yet: train until the first evaluation")
-    return loaded
+    # It may lie where nothing can be written.
+    with contextlib.closing(_manager(workdir, "best", create=False, read_only=True)) as best:
+        return _restore(best, abstract, best.best_step())

@@ -14,7 +14,7 @@ import numpy as np
 
 from refseg_jax import checkpoint, pictures
 from refseg_jax.data import Source, open_source
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, command
 from refseg_jax.predict import Predictor, describe, facts, load_image
 from refseg_jax.processes import use_compile_cache
 
@@ -102,37 +102,34 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for bad input."""
     arguments = _arguments(argv)
     use_compile_cache()
+    import_gradio()
+    predictor = Predictor.from_workdir(arguments.workdir)
+    config = checkpoint.read_config(arguments.workdir)
     try:
-        import_gradio()
-        predictor = Predictor.from_workdir(arguments.workdir)
-        config = checkpoint.read_config(arguments.workdir)
-        try:
-            examples = pick_examples(open_source(config.data, config.data.select_split))
-        except UserError as e:  # The data need not be where the model is.
-            print(f"no examples: {e}", file=sys.stderr)
-            examples = []
-        # Compiles, so that the first question is answered as fast as the others.
-        predictor(np.zeros((64, 64, 3), np.uint8), "a")
-        page = make_page(predictor, f"{config.model.name}: {arguments.workdir}", examples)
-        try:
-            _, url, _ = page.launch(
-                server_name=arguments.host,
-                server_port=arguments.port,
-                show_error=True,
-                quiet=True,
-                prevent_thread_lock=True,
-            )
-        except OSError as e:
-            raise UserError(f"cannot serve at {arguments.host}:{arguments.port}: {e}") from e
-        print(f"{url} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        examples = pick_examples(open_source(config.data, config.data.select_split))
+    except UserError as e:  # The data need not be where the model is.
+        print(f"no examples: {e}", file=sys.stderr)
+        examples = []
+    # Compiles, so that the first question is answered as fast as the others.
+    predictor(np.zeros((64, 64, 3), np.uint8), "a")
+    page = make_page(predictor, f"{config.model.name}: {arguments.workdir}", examples)
+    try:
+        _, url, _ = page.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as e:
+        raise UserError(f"cannot serve at {arguments.host}:{arguments.port}: {e}") from e
+    print(f"{url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
     return 0
 
 

@@ -1,7 +1,10 @@
 """The one exception that is meant for the person at the keyboard."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -10,6 +13,32 @@ class UserError(Exception):
     The command lines print it as a single line and exit with status 2; everything else is a bug
     and keeps its traceback.
     """
+
+
+def say(text: str) -> None:
+    """A line on stderr, also of what damaged files brought into it and no terminal can show."""
+    print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, and exit status 2."""
+    say(f"error: {' '.join(message.split())}")
+    sys.exit(2)
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Makes a UserError in `main`, or of a bucket, one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def checked(*args) -> int:
+        try:
+            with bucket_errors():
+                return main(*args)
+        except UserError as e:
+            say(f"error: {' '.join(str(e).split())}")
+            return 2
+
+    return checked
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ Two protocols are in use and their scores differ, so every result names its own:
 * `original`: the probabilities are warped back to the image's own size and compared there with
   the mask as annotated (CRIS);
 * `input`: the comparison is made at the model's input size, with the mask resized by nearest
-  neighbour (LAVT, CrossVLT).
+  neighbour (LAVT, CrossVLT). What surrounds a letterboxed picture belongs to no mask.
 
 Where some expressions of a split fit nothing (gRefCOCO), its scores are the generalized ones.
 """
@@ -36,7 +36,7 @@ from refseg_jax.predict import INPUTS, PredictFn
 
 PROTOCOLS = ("original", "input")
 CASES = ("best", "worst", "middle")
-# What one line says of a result, by whether it is generalized; checkpoints are chosen by the first.
+# Scores named in the one-line summary, by `generalized`; the first one selects checkpoints.
 HEADLINES = {False: ("mIoU", "oIoU"), True: ("gIoU", "cIoU", "N-acc", "T-acc")}
 
 
@@ -154,7 +154,6 @@ def evaluate(
     limit: int | None = None,
     keep_examples: int = 0,
     put: Callable[[Mapping[str, np.ndarray]], Any] = jax.device_put,
-    get: Callable[[jax.Array], np.ndarray] = local_rows,
     workers: int = 0,
     threads: int = 2,
     verbose: bool = True,
@@ -180,7 +179,6 @@ def evaluate(
       keep_examples: how many examples to keep of each case: best, worst, middle. None are kept
         of shuffled expressions.
       put: host batch -> device batch.
-      get: device probabilities -> this process's rows.
       workers, threads: load batches ahead, see `pipeline.train_iterator`.
       verbose: print a line with the scores to stderr. (A bar is drawn wherever that is a
         terminal.)
@@ -216,7 +214,7 @@ def evaluate(
         leave=False,
         disable=not (first_process and sys.stderr.isatty()),
     ) as bar:
-        for batch, probability in _predictions(predict_fn, variables, loaded, put, get):
+        for batch, probability in _predictions(predict_fn, variables, loaded, put):
             for j, truth, values in zip(
                 batch["index"].tolist(), batch["mask"], probability, strict=True
             ):
@@ -228,6 +226,9 @@ def evaluate(
                     truth = source.mask(ref)
                     values = transforms.resize_map(values, *truth.shape, letterbox, bicubic)
                 mask = values > threshold
+                if protocol == "input" and letterbox:  # Around the picture there is nothing.
+                    place = transforms.place(*source.mask(ref).shape, image_size, True)
+                    mask &= _within(place, image_size)
                 mask &= mask.sum() >= no_target_area
                 rows[-1] = (j, *overlap(mask, truth), mask.sum(), bool(ref.ann_ids))
                 if keep_examples:
@@ -257,16 +258,23 @@ def evaluate(
     return result
 
 
-def _predictions(predict_fn, variables, batches, put, get) -> Iterator[tuple[dict, np.ndarray]]:
+def _within(place: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """bool [size, size], True inside of (left, top, right, bottom)."""
+    left, top, right, bottom = place
+    rows, columns = np.ogrid[:size, :size]
+    return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+
+
+def _predictions(predict_fn, variables, batches, put) -> Iterator[tuple[dict, np.ndarray]]:
     """(batch, probabilities), with the next batch dispatched before the last one is fetched."""
     waiting = None
     for batch in batches:
         dispatched = predict_fn(variables, put({name: batch[name] for name in INPUTS}))
         if waiting is not None:
-            yield waiting[0], get(waiting[1])
+            yield waiting[0], local_rows(waiting[1])
         waiting = batch, dispatched
     if waiting is not None:
-        yield waiting[0], get(waiting[1])
+        yield waiting[0], local_rows(waiting[1])
 
 
 def _gather(rows: np.ndarray) -> np.ndarray:

@@ -25,9 +25,9 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 class MetricWriter:
     """Writes rows of scalars to `metrics.jsonl` and TensorBoard, and drives the progress bar.
 
-    Starts at `start_step`: rows after it (of a killed run that is being resumed) are dropped, so
-    the file reads as if the run had never been interrupted, but for the means of the steps between
-    two rows where it was: they begin anew at `start_step`. Only the first process writes.
+    Rows after `start_step`, of a killed run that is being resumed, are dropped, so the file reads
+    as if the run had never stopped; only the first mean after a restart is of fewer steps. Only the
+    first process writes.
     """
 
     def __init__(self, workdir: str, start_step: int, total_steps: int, active: bool = True):

@@ -11,7 +11,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from refseg_jax.errors import UserError, bucket_errors
+from refseg_jax.errors import UserError, bucket_errors, fail
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/, with `:variant` if wanted.")
 flags.DEFINE_string("workdir", None, "The run's directory (default: runs/ and the config's name).")
@@ -21,12 +21,6 @@ flags.DEFINE_enum(
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for a run of several processes.")
 flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-
-
-def fail(message: str) -> None:
-    """One line on stderr, and exit status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

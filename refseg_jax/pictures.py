@@ -1,4 +1,4 @@
-"""Drawing on images: translucent masks, outlines, captions. Shared by report and predict."""
+"""Drawing on images: translucent masks, outlines, captions. Of whatever shows pictures."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from refseg_jax import checkpoint, models, pictures
 from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.errors import UserError, bucket_errors
+from refseg_jax.errors import UserError, command
 from refseg_jax.models.layers.resize import resize_bicubic, resize_bilinear
 from refseg_jax.processes import use_compile_cache
 from refseg_jax.sharding import jit_on_mesh
@@ -168,6 +168,7 @@ class Predictor:
         no_target_area: int = 0,
         letterbox: bool = False,
     ):
+        self.model = model
         self.variables = variables
         self.tokenizer = tokenizer
         self.image_size = image_size
@@ -295,16 +296,12 @@ def describe(result: Mapping[str, Any]) -> str:
     )
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for bad input."""
     arguments = _arguments(argv)
     use_compile_cache()
-    try:
-        with bucket_errors():
-            result = run(arguments)
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+    result = run(arguments)
     if result["truncated"]:
         print("warning: the expression is too long, its end was ignored", file=sys.stderr)
     print(json.dumps(result) if arguments.json else describe(result))

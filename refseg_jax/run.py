@@ -24,10 +24,11 @@ from refseg_jax.sharding import batch_sharding, make_mesh, replicated, to_device
 from refseg_jax.stopping import ending_on_sigterm
 from refseg_jax.train import evaluation_settings, train
 
-# What may change when a run is resumed: nothing that its parameters depend on.
+# What may change when a run is resumed: nothing that its parameters depend on, unless, as other
+# texts are, it is found out by itself (`checkpoint.check_data`).
 FREE_FIELDS = (
     "eval.", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every",
-    "data.root", "data.workers", "data.threads", "data.eval_splits",
+    "data.root", "data.workers", "data.threads", "data.eval_splits", "data.text_field",
 )  # fmt: skip
 
 # Of a disk that is full, or not ours to use.
@@ -48,7 +49,6 @@ def run(
       UserError: see `bounds.check`, `train` and `evaluate_run`.
     """
     bounds.check(config)
-    jax.config.update("jax_threefry_partitionable", True)
     try:
         return {**_run(config, workdir, mode, begun), "workdir": workdir}
     except OSError as error:
@@ -61,7 +61,7 @@ def _run(
     config: ml_collections.ConfigDict, workdir: str, mode: str, begun: float | None
 ) -> dict[str, Any]:
     if mode == "evaluate":
-        checkpoint.read_config(workdir)  # Only a run that was trained can be evaluated.
+        checkpoint.check_trained(workdir)  # Else `prepare` would make it a run of this config.
         tokenizer = prepare(config, workdir)
         with ending_on_sigterm():
             return evaluate_run(config, tokenizer, workdir)

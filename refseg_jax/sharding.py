@@ -120,9 +120,9 @@ def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**1
     `rules` is an ordered sequence of (path regex, tuple with an axis name or None per dimension);
     the first regex found in the leaf's path wins. Optimiser moments carry their parameter's path,
     hence its rule. A leaf that matches none takes `largest_divisible` over "fsdp". Where that axis
-    is 1 the moments take it over "data": every device has the parameters, but updates only those of
-    its own share, which all then gather (arXiv:2004.13336; ZeRO's first stage). Averages (`ema`)
-    are not shared so.
+    has size 1, the moments take it over "data" instead: every device holds the parameters and
+    averages (`ema`) whole, but updates only its share, which all then gather (arXiv:2004.13336;
+    ZeRO's first stage).
 
     Raises:
       UserError: a rule is none, or does not fit a leaf.

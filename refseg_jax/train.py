@@ -50,7 +50,8 @@ def train_step(
     """One optimiser step on a batch (see `data/pipeline.py` for its arrays).
 
     With `accumulate` = A the B rows are taken in A parts of B/A, whose gradients are averaged:
-    the same update for a model without batch statistics, in 1/A of the activation memory.
+    the same update, but for batch statistics and random draws (dropout, CMIC's samples), which
+    are each part's own, in 1/A of the activation memory.
     Returns the next state and float32 scalars: loss, grad_norm, and the model's own.
     """
     step_key = jax.random.fold_in(state.key, state.step)
@@ -385,7 +386,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
         since, compiling = time.time(), first.compiling
         score(start, state)
         first.begun, first.compiling = first.begun + time.time() - since, compiling
-    record = Recorder(writer, trainer.schedule, config.train, start, total)
+    record = Recorder(writer, trainer.schedule, config.train, total)
     norm = jax.jit(optax.tree.norm)
     batches = trainer.batches(start) if start < total else iter(())
     for step, batch in enumerate(batches, start + 1):
@@ -436,13 +437,10 @@ def check_finite(name: str, value: float, step: int) -> None:
 class Recorder:
     """Metrics of step n, fetched after step n + 1 is dispatched; stops the run if not finite."""
 
-    def __init__(
-        self, writer: MetricWriter, schedule: Callable, config: Any, start: int, total: int
-    ):
+    def __init__(self, writer: MetricWriter, schedule: Callable, config: Any, total: int):
         self.writer, self.schedule, self.config = writer, schedule, config
         self.total = total
         self.pending = None
-        self.saved = start
         self.rows = []
         self.once = {}  # What the next row says, and no other.
         self.restart_clock()

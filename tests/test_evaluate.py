@@ -125,6 +125,20 @@ def test_a_model_and_both_protocols_against_a_plain_loop():
         assert result.metrics["mIoU"] > 0.9
 
 
+def test_around_a_letterboxed_picture_there_is_no_mask():
+    """A prediction of everything is one of the picture: its half is right, at either size."""
+
+    def everything(variables, batch):
+        return jnp.ones(batch["image"].shape[:3])
+
+    source = Halves(1)  # 24 x 20
+    for protocol in PROTOCOLS:
+        result = sweep(everything, source, protocol=protocol, letterbox=True, keep_examples=1)
+        assert result.metrics["mIoU"] == pytest.approx(0.5, abs=0.04)
+    (best, *_) = result.examples
+    assert best.prediction.sum() == 16 * 13 and not best.prediction[:, :1].any()
+
+
 def test_shuffled_expressions_are_a_control():
     assert sweep(reading).metrics["mIoU"] == 1
     shuffled = sweep(reading, shuffle_text=True, keep_examples=2)

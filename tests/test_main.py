@@ -27,6 +27,8 @@ def main(*arguments, cwd=REPO, **env):
         (["--config", "configs/alignforma.py"], "configs/alignforma.py"),
         (["--config", "configs/alignformer.py:refcocco"], "did you mean 'refcoco'"),
         (["--config", "configs/alignformer.py:refcoco,refcoco+"], "more than one dataset"),
+        (["--config", "configs/lavt.py:swin_small"], "the small model has encoders of its own"),
+        (["--config", "configs/cris.py:refcoco,small,resnet50"], "whole recipe, e.g. refcoco,resn"),
         (["--config", "configs/alignformer.py", "--config.optim.rl=1"], "has no field 'rl'"),
         (["--config", "configs/alignformer.py", "--config.optm.lr=1"], 'Did you mean "optim"'),
         (["--config", "configs/alignformer.py", "--config.optim.lr=fast"], "fast"),

@@ -163,7 +163,7 @@ def test_memory_grows_with_the_pixels_not_with_their_pairs():
     assert temporary(all_pairs_loss, 56**2) > 4 * 56**4
 
 
-def test_only_blocks_with_pairs_are_computed(monkeypatch):
+def test_only_blocks_with_pairs_are_computed():
     """The rarer class makes the rows: its blocks are counted, in the worst image of the batch."""
     for labels, steps in ((LABELS[:2], 2), (LABELS[3:4], 1), (LABELS, 3), (LABELS[4:], 0)):
         *_, rows, taken = pixel_contrast._rarer_first(jnp.asarray(labels), 2)

@@ -175,9 +175,10 @@ def test_another_preparations_folder_is_refused(raw, tmp_path, capsys, options):
 
 def test_folders_that_cannot_be_written_to(raw, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    (tmp_path / "mine" / ".letter.tmp").write_text("dear")
     assert prepare_shapes(raw, tmp_path / "mine") == 2
     assert "is not empty and holds no preparation" in capsys.readouterr().err
+    (tmp_path / "mine" / ".letter.tmp").rename(tmp_path / "mine" / "letter.txt")
     assert prepare_shapes(raw, tmp_path / "mine" / "letter.txt") == 2
     assert "cannot write to" in capsys.readouterr().err
     assert preparing.contents(tmp_path / "mine") == {"letter.txt": b"dear"}

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from configs import cris, lavt
+from refseg_jax import data
 from refseg_jax.data import annotations, refer, shapes
 from refseg_jax.data.refer import ReferSource
 from refseg_jax.errors import UserError
@@ -109,6 +111,10 @@ def test_reads_refs_sentences_and_images(tmp_path, suffix, caplog):
     )
     assert [(s.text, s.sent_id) for s in ref.sentences] == [("Box 1 0", 1010), ("Box 1 1", 1011)]
     assert load(tmp_path, text_field="sent")[1].sentences[0].text == "box 1 0"
+    for recipe, text in ((lavt, "Box 1 0"), (cris, "box 1 0")):
+        config = recipe.get_config("refcoco").data
+        config.update(root=str(tmp_path), dataset="mine", split_by="unc")
+        assert data.open_source(config, "train")[1].sentences[0].text == text
     image = source.image(ref)
     assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
     assert image[0, 0].argmax() == 2

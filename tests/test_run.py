@@ -3,10 +3,13 @@
 import functools
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -73,6 +76,28 @@ def test_a_second_run_is_kept_out(tmp_path, monkeypatch):
     assert run.run(tiny.config(), workdir, "train")["steps"] == 6
     with locked(f"{workdir}/.lock", "run"):
         pass  # It is given back.
+
+
+def test_a_run_that_has_no_checkpoint_yet_is_not_evaluated(tmp_path):
+    workdir = tmp_path / "run"
+    run.prepare(tiny.config(), str(workdir))
+    before = (workdir / checkpoint.CONFIG_FILE).read_bytes()
+    with pytest.raises(UserError, match="has no best checkpoint yet"):
+        run.run(tiny.config(seed=7), str(workdir), "evaluate")
+    assert (workdir / checkpoint.CONFIG_FILE).read_bytes() == before
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_to_read_a_checkpoint_writes_nothing(tmp_path):
+    with checkpoint.Checkpoints(str(tmp_path / "run")) as checkpoints:
+        checkpoints.save_best(3, {"x": jnp.arange(2.0)}, 0.5)
+    checkpoint.write_config(tmp_path / "run", tiny.config())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "last")
+    before = sorted(tmp_path.rglob("*"))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loaded = checkpoint.load_variables(tmp_path / "run", {"x": jnp.zeros(2)}, sharding)
+    np.testing.assert_array_equal(loaded["x"], [0, 1])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_workdir_that_cannot_be_is_one_line(tmp_path):

@@ -22,9 +22,11 @@ def open_sources(config: Any, splits: Iterable[str]) -> dict[str, Source]:
         return {s: ShapesSource(s, num_scenes=scenes.get(s), size=size) for s in splits}
     from refseg_jax.data import sets
 
+    text_field = config.get("text_field", "raw")  # A run of before it has none.
     if config.dataset == sets.MERGED:
-        return {s: sets.open_merged(config.root, config.merged, s) for s in splits}
-    return sets.open_set(config.root, sets.set_name(config.dataset, config.split_by), splits)
+        return {s: sets.open_merged(config.root, config.merged, s, text_field) for s in splits}
+    name = sets.set_name(config.dataset, config.split_by)
+    return sets.open_set(config.root, name, splits, text_field=text_field)
 
 
 def open_source(config: Any, split: str) -> Source:

@@ -30,7 +30,7 @@ from refseg_jax.data import annotations, custom, grammar, rle
 from refseg_jax.data.files import replacing
 from refseg_jax.data.grammar import Expression, Thing
 from refseg_jax.data.nouns import Vocabulary
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, command
 
 MIN_AREA = 0.005  # Of the image; what is smaller is no target.
 PER_OBJECT = 3
@@ -170,8 +170,8 @@ def survey(
         for noun in vocabulary.confused.get(region.noun, ())
         if noun in spoken
     ]
-    # What holds with none and with all of the others holds with any part of them: one more can
-    # come between, but not help.
+    # A program that picks the target without the doubtful objects and with all of them does so with
+    # any subset of them: an added object can only spoil a match.
     whole = (targets, (*targets, *others)) if others else (targets,)
     return Photo(
         targets,
@@ -380,6 +380,7 @@ def _write_lines(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(args.out), **generator.report()}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Writes expressions for annotated photos; prints how many of each kind as one JSON object."""
     parser = argparse.ArgumentParser(
@@ -398,12 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = args.val_share, args.test_share
     if min(shares) < 0 or sum(shares) >= 1:
         parser.error("--val_share and --test_share are shares of the images, less than 1 together")
-    try:
-        result = _write_lines(args)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(json.dumps(result))
+    print(json.dumps(_write_lines(args)))
     return 0
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,11 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def left_over(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What `replacing` was writing in processes that were killed."""
+    return [path for path in folder.iterdir() if re.fullmatch(r"\..+\.\d+\.tmp", path.name)]
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from refseg_jax.data.checks import Report
 from refseg_jax.data.prepare import MERGED_SETS, add_own_photos, coco_sources
 from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.refer import ReferFiles, ReferSource
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, command
 
 PICTURE_SIDE = 340  # px
 SHOWN = 5  # Faults of each sort on the terminal; the page has all.
@@ -282,15 +282,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 with whatever problems, 2 if nothing is read."""
     logging.basicConfig(level=logging.ERROR)  # What the sources warn of, this counts itself.
     args = _arguments(argv)
-    try:
-        result = run(args)
-    except UserError as error:
-        print(_safe(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
-        return 2
+    result = run(args)
     print(json.dumps(result) if args.json else _safe(describe(result)))
     return 0
 

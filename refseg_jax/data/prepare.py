@@ -24,7 +24,7 @@ from refseg_jax.data.files import sha256
 from refseg_jax.data.records import FileSource
 from refseg_jax.data.shards import MANIFEST
 from refseg_jax.data.writer import Plan, write
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, command, say
 
 _COCO_LICENCE = (
     "annotations of COCO: CC BY 4.0 (cocodataset.org); photographs: each under its own Flickr "
@@ -93,7 +93,7 @@ def coco_sources(args: argparse.Namespace, partial: bool) -> dict[str, custom.Cu
         raise UserError("give --expressions, or --instances to have some generated")
     generator = expressions.Generator(args.instances)
     lines = generator.entries(args.val_share)
-    _say(f"expressions generated: {json.dumps(generator.report())}")
+    say(f"expressions generated: {json.dumps(generator.report())}")
     return custom.read_entries(lines, args.images, args.instances, name=args.name, partial=partial)
 
 
@@ -129,13 +129,13 @@ def open_merged(args: argparse.Namespace) -> Plan:
     """The merged training set of several sets, and the other splits of each of them."""
     each = {name: sets.open_set(args.root, name, partial=args.partial) for name in args.sets}
     merged = sets.MergedSource(each)
-    _say(merged.report())
+    say(merged.report())
     differences = {}
     for name, splits in each.items():
         for split, source in splits.items():
             if lines := refer.count_differences(source, name.rpartition("_")[2]):
                 differences[f"{name}/{split}"] = lines
-                _say(f"{name} is not what is published: {split} has {', '.join(lines)}")
+                say(f"{name} is not what is published: {split} has {', '.join(lines)}")
     sources: dict[str, FileSource] = {sets.TRAIN: merged}
     for name, splits in each.items():
         others = {s: source for s, source in splits.items() if s != sets.TRAIN}
@@ -190,7 +190,7 @@ def check_counts(plan: Plan) -> None:
     text = f"{plan.dataset} ({plan.split_by}) is not what is published: {'; '.join(differing)}"
     if not plan.partial:
         raise UserError(f"{text} (fetch what is missing, or say that it is a part with --partial)")
-    _say(text)
+    say(text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -204,9 +204,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     manifest = write(plan, args.out, args.workers)
     skipped = [line for lines in manifest["skipped"].values() for line in lines]
     for line in skipped[:_SKIPPED_SHOWN]:
-        _say(f"left out: {line}")
+        say(f"left out: {line}")
     if len(skipped) > _SKIPPED_SHOWN:
-        _say(f"left out: {len(skipped)} in all, see {args.out / MANIFEST}")
+        say(f"left out: {len(skipped)} in all, see {args.out / MANIFEST}")
     return {
         "out": str(args.out),
         "dataset": manifest["dataset"],
@@ -216,11 +216,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "shards": len(manifest["shards"]),
         "bytes": sum(state["bytes"] for state in (*manifest["shards"], manifest["index"])),
     }
-
-
-def _say(text: str) -> None:
-    """A line on stderr, also of text that came from damaged files."""
-    print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -298,16 +293,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; prints one JSON object and returns the exit status, 2 for bad input."""
     logging.basicConfig(level=logging.ERROR)  # What the sources warn of, this reports itself.
     args = _arguments(argv)
-    try:
-        result = run(args)
-    except UserError as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        return 2
-    print(json.dumps(result))
+    print(json.dumps(run(args)))
     return 0
 
 

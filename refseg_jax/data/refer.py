@@ -123,7 +123,8 @@ class ReferSource(RefList):
       split_by: whose split: "unc", "umd", "google" or "berkeley".
       split: the exact split name: "testA" never takes a "testAB" along.
       text_field: the field of a sentence that is the expression. Paper leaves open: LAVT's and
-        CrossVLT's code reads "raw" (as typed), CRIS's reads "sent" (lower-cased, cleaned).
+        CrossVLT's code reads "raw" (as typed), CRIS's reads "sent" (lower-cased, cleaned):
+        config.data.text_field.
       compat_sum_polygons: foreground is where exactly one polygon lies, which erases overlaps:
         wrong, but the way some released code trains and scores.
       partial: leave out refs that cannot be used (`faults` lists them), where that is an error

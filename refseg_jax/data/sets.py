@@ -33,9 +33,16 @@ def set_name(dataset: str, split_by: str) -> str:
 
 
 def open_set(
-    root: str, name: str, splits: Sequence[str] | None = None, partial: bool = False
+    root: str,
+    name: str,
+    splits: Sequence[str] | None = None,
+    *,
+    text_field: str = "raw",
+    partial: bool = False,
 ) -> dict[str, FileSource]:
     """The named splits of a set, or all that it has; `partial`: without what cannot be used.
+
+    `text_field` is that of raw sets, see `refer.ReferSource`.
 
     Raises:
       UserError: there is no such set or split, or its files are missing or damaged.
@@ -57,12 +64,14 @@ def open_set(
         )
     files = ReferFiles(root, dataset, split_by)
     return {
-        split: ReferSource(root, dataset, split_by, split, partial=partial, files=files)
+        split: ReferSource(
+            root, dataset, split_by, split, text_field=text_field, partial=partial, files=files
+        )
         for split in splits or files.splits
     }
 
 
-def open_merged(root: str, names: Sequence[str], split: str) -> FileSource:
+def open_merged(root: str, names: Sequence[str], split: str, text_field: str = "raw") -> FileSource:
     """The merged training set ("train"), or a split of one of its sets ("refcoco_unc/val").
 
     Raises:
@@ -71,14 +80,14 @@ def open_merged(root: str, names: Sequence[str], split: str) -> FileSource:
     if is_prepared(str(root).rstrip("/")):
         return open_set(root, MERGED, [split])[split]
     if split == TRAIN:
-        return MergedSource({name: open_set(root, name) for name in names})
+        return MergedSource({name: open_set(root, name, text_field=text_field) for name in names})
     name, _, part = split.rpartition("/")
     if name not in names:
         raise UserError(
             f"the merged set has no split {split!r}: its splits are {TRAIN!r} and "
             f"<set>/<split>, the sets being {', '.join(names)}"
         )
-    return open_set(root, name, [part])[part]
+    return open_set(root, name, [part], text_field=text_field)[part]
 
 
 def image_key(file: ImageFile) -> Any:

@@ -8,6 +8,7 @@ import functools
 import json
 import pathlib
 import pickle
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,7 +18,7 @@ from pycocotools import mask as coco
 from refseg_jax.data import scenes
 from refseg_jax.data.records import Ref, Sentence
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, command
 
 NAME = "shapes"
 REFS_PER_SCENE = 3
@@ -285,7 +286,8 @@ def _annotations(source: ShapesSource, ref: Ref, category_ids: Mapping[str, int]
     return found
 
 
-def main() -> None:
+@command
+def main() -> int:
     """Command line: writes the dataset out and prints what was written as one JSON object."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to")
@@ -295,10 +297,11 @@ def main() -> None:
     num_scenes = NUM_SCENES if args.scenes is None else dict.fromkeys(_SPLITS, args.scenes)
     try:
         written = write_refer(args.out, num_scenes=num_scenes, size=args.size)
-    except (UserError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error}") from error
     print(json.dumps(written))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

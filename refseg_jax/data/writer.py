@@ -21,7 +21,15 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from refseg_jax.data import rle
-from refseg_jax.data.files import checksum, locked, read_json, replacing, sha256, write_json
+from refseg_jax.data.files import (
+    checksum,
+    left_over,
+    locked,
+    read_json,
+    replacing,
+    sha256,
+    write_json,
+)
 from refseg_jax.data.records import FileSource, ImageFile, RefList
 from refseg_jax.data.refer import count_differences
 from refseg_jax.data.shards import (
@@ -126,17 +134,18 @@ def write(plan: Plan, out: str | os.PathLike[str], workers: int = 1) -> dict[str
 def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
     """States of the shards that lie in `out`, which is made this plan's if it is empty."""
     digest = plan.digest()
-    for path in out.glob(".*.tmp"):
-        path.unlink()
     manifest, begun = out / MANIFEST, out / PLAN
     known = next((read_json(path) for path in (manifest, begun) if path.exists()), None)
-    if known is None and any(out.iterdir()):
+    parts = left_over(out)
+    if known is None and len(parts) < len(list(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no preparation: give another --out")
     if known is not None and known.get("plan") != digest:
         raise UserError(
             f"{out} holds another preparation, of {known.get('dataset')!r}, or of other "
             "annotations or options: give another --out, or delete it"
         )
+    for path in parts:
+        path.unlink()
     states = (known or {}).get("shards", [])
     if not begun.exists():
         write_json(begun, {"plan": digest, "dataset": plan.dataset, "shards": states})

@@ -1,6 +1,7 @@
 """The models by name, and how a config section becomes one."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -31,14 +32,15 @@ T = TypeVar("T")
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A (nested) dataclass from a mapping; an unknown or missing field is a UserError."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise UserError(f"{where} has no field {', '.join(unknown)} (it has {', '.join(fields)})")
     converted = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(fields[name].type):
-            value = from_mapping(fields[name].type, value, f"{where}.{name}")
+        if dataclasses.is_dataclass(fields[name]):
+            value = from_mapping(fields[name], value, f"{where}.{name}")
         converted[name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**converted)

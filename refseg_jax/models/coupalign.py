@@ -187,8 +187,8 @@ class MaskGenerator(nn.Module):
     """Eq. 9: learned queries gather from the fused map into N mask embeddings.
 
     Paper leaves open: positions and the place of norms. Positions are DETR's: sines for the pixels,
-    for the queries themselves. Layers are pre-norm: after post-norm ones (`generator_pre_norm`)
-    that are trained from scratch all queries are the same, and so are the proposals.
+    for the queries themselves. Layers are pre-norm (`generator_pre_norm`): trained from scratch,
+    post-norm layers made all queries, and with them all proposals, the same.
     """
 
     config: CoupAlignConfig

@@ -13,8 +13,8 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from refseg_jax.errors import UserError
-from refseg_jax.main import fail, parse_flags
+from refseg_jax.errors import UserError, command
+from refseg_jax.main import parse_flags
 
 flags.DEFINE_string("checkpoint", None, "The released checkpoint: a file, or its directory.")
 flags.DEFINE_string(
@@ -94,17 +94,16 @@ def convert_run(
     }
 
 
-def main(_: list[str]) -> None:
+@command
+def main(_: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
     values = flags.FLAGS
-    try:
-        for name in ("checkpoint", "workdir"):
-            if not values[name].value:
-                raise UserError(f"--{name} is missing")
-        done = convert_run(values.config, values.checkpoint, values.text_checkpoint, values.workdir)
-    except UserError as e:
-        fail(str(e))
+    for name in ("checkpoint", "workdir"):
+        if not values[name].value:
+            raise UserError(f"--{name} is missing")
+    done = convert_run(values.config, values.checkpoint, values.text_checkpoint, values.workdir)
     print(json.dumps(done))
+    return 0
 
 
 if __name__ == "__main__":

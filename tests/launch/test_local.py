@@ -113,7 +113,7 @@ def test_a_failing_local_process_ends_the_others(tmp_path):
                 time.sleep(0.05)
 
 
-def test_a_port_of_another_run_is_refused(tmp_path):
+def test_a_port_of_another_run_is_refused():
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()

@@ -188,7 +188,7 @@ def test_cut_short(save, tmp_path):
             read_pytorch(cut)
 
 
-def test_flipped_bits_never_end_otherwise_than_in_one_error(save, tmp_path):
+def test_flipped_bits_never_end_otherwise_than_in_one_error(save):
     path = save({"model": {"a": torch.arange(40.0), "b": torch.ones(3, 5)}, "epoch": 2})
     whole = bytearray(path.read_bytes())
     expected = read_pytorch(path)[0]

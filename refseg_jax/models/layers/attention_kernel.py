@@ -13,10 +13,9 @@ from refseg_jax.models.layers.dropout import kept, words_of
 from refseg_jax.registers import LANES, product, traced_once
 from refseg_jax.sharding import divides_samples, kernel_places
 
-# The kernels take as many heads at a time as fill the lanes of a register, all their keys, and so
-# many queries that there are about as many logits as this of a head at most. Beside them, in the
-# backward pass, lie the gradients of all those keys and values: they limit the cells, in evaluation
-# too.
+# A step takes as many heads as fill the lanes of a register, all their keys, and as many queries as
+# keep a head's logits at about LOGITS at most. The backward pass also holds the gradients of all
+# keys and values, which bounds the number of cells (MOST_KEYS); the forward pass keeps that bound.
 LOGITS = 1 << 19
 MOST_KEYS = 2560
 

@@ -16,13 +16,13 @@ from refseg_jax.sharding import divides_samples, kernel_places, on_tpus
 
 EPSILON = 1e-5  # Of the norm.
 
-# The kernels take a block of one sample's rows, and WIDTH of the H numbers between the layers, at a
-# time: MOST_NUMBERS of those at most. That is few enough to compile soon, and enough that the
-# weights, which go into the matrix units again for each block, take little of their time. With
-# weights of MOST_CHANNELS and 4 times as many, and with their gradients, it fits the 16 MiB that
-# the compiler gives a kernel, and that a v4 has. Other TPUs have LARGE bytes at least: there twice
-# as many rows still fit those, and twice as many rows and channels fit MEMORY. With more channels
-# XLA is as fast: what lies between the layers grows with them, the products with their square.
+# A step takes a block of one sample's rows, and WIDTH of the H hidden units. MOST_NUMBERS bounds
+# rows times WIDTH: few enough to compile fast, and enough that loading the weights into the matrix
+# units again for each block costs little. With weights of MOST_CHANNELS and 4 times as many, and
+# with their gradients, it fits the 16 MiB that the compiler gives a kernel, and that a v4 has.
+# Other TPUs have LARGE bytes at least: there twice as many rows still fit those, and twice as many
+# rows and channels fit MEMORY. With more channels XLA is as fast: what lies between the layers
+# grows with them, the products with their square.
 WIDTH = 512
 MOST_NUMBERS = 29 << 13
 MOST_CHANNELS = 256
