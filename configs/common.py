@@ -135,6 +135,7 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.batch_size = 32
     config.eval.protocol = "original"  # Score at the image's own size; "input": at image_size.
+    config.eval.select_by = "mean"  # The best checkpoint, by mIoU (gIoU); "overall": oIoU (cIoU).
     config.eval.threshold = 0.5
     # A prediction of fewer pixels is taken as "there is none"; gRefCOCO's authors use 50.
     config.eval.no_target_area = 50 if dataset == "grefcoco" else 0
@@ -192,6 +193,7 @@ def make_small(config: ConfigDict) -> None:
         config.model.vision.pool_grid = config.data.image_size // 32
         config.model.text.update(hidden=128, layers=2, heads=4, embed_dim=128)
     config.optim.update(lr=1e-3, warmup_steps=100, clip_norm=1.0, b2=0.95)
+    config.eval.select_by = "mean"
     config.optim.groups = GROUPS  # Nothing is pretrained, so nothing stays frozen.
     config.train.update(batch_size=16, log_every=20)
     if embedded:

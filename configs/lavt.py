@@ -43,6 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.max_tokens = 20
     config.data.sampling = "ref"
     config.train.update(batch_size=32, eval_every=1325)  # An epoch of RefCOCO.
+    config.eval.select_by = "overall"  # As released.
     config.optim.update(lr=5e-5, groups=released_groups(config.model.bert.layers, trained=10))
 
     if common.is_small(words):

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from refseg_jax.errors import UserError
-from refseg_jax.evaluate import PROTOCOLS
+from refseg_jax.evaluate import PROTOCOLS, SELECTORS
 
 # The least that a number may be.
 LEAST = {
@@ -61,10 +61,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_model(config.model, "config.model")
     if not 0 <= config.eval.threshold <= 1:
         raise UserError(f"config.eval.threshold={config.eval.threshold}: it is a probability")
-    if config.eval.protocol not in PROTOCOLS:
-        raise UserError(
-            f"config.eval.protocol={config.eval.protocol!r} is not one of {', '.join(PROTOCOLS)}"
-        )
+    for name, choices in (("protocol", PROTOCOLS), ("select_by", SELECTORS)):
+        if config.eval[name] not in choices:
+            raise UserError(
+                f"config.eval.{name}={config.eval[name]!r} is not one of {', '.join(choices)}"
+            )
 
 
 def _check_model(section: Mapping[str, Any], where: str) -> None:

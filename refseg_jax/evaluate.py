@@ -36,7 +36,8 @@ from refseg_jax.predict import INPUTS, PredictFn
 
 PROTOCOLS = ("original", "input")
 CASES = ("best", "worst", "middle")
-# Scores named in the one-line summary, by `generalized`; the first one selects checkpoints.
+# Scores named in the one-line summary, by `generalized`; the first two are those of SELECTORS.
+SELECTORS = ("mean", "overall")
 HEADLINES = {False: ("mIoU", "oIoU"), True: ("gIoU", "cIoU", "N-acc", "T-acc")}
 
 
@@ -99,7 +100,7 @@ class Result:
 
     @property
     def headline(self) -> dict[str, float]:
-        """The few scores that sum it up, that which checkpoints are chosen by first.
+        """The few scores that sum it up.
 
         Those are left out that are about no sentence of it.
         """
@@ -109,12 +110,16 @@ class Result:
 
     @property
     def score(self) -> float:
-        """What checkpoints are chosen by: mIoU or gIoU."""
+        """The first of the headline: mIoU or gIoU."""
         return self.metrics[self.score_name]
 
     @property
     def score_name(self) -> str:
         return HEADLINES[self.generalized][0]
+
+    def selected_by(self, selector: str) -> float:
+        """What checkpoints are chosen by, of SELECTORS: mIoU or gIoU, oIoU or cIoU."""
+        return self.metrics[HEADLINES[self.generalized][SELECTORS.index(selector)]]
 
     @property
     def by_kind(self) -> dict[str, Counts]:

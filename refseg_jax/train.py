@@ -371,7 +371,8 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             verbose=False,
             **evaluation_settings(config, trainer.model, trainer.mesh),
         )
-        best = checkpoints.save_best(step, state.variables(), result.score)
+        selected_by = result.selected_by(config.eval.select_by)
+        best = checkpoints.save_best(step, state.variables(), selected_by)
         scores = result.metrics.items()
         known = {f"{result.split}/{name}": v for name, v in scores if math.isfinite(v)}
         writer.write(step, known)  # Last: it says that the step has been scored.

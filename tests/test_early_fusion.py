@@ -54,12 +54,45 @@ def paths(config) -> set[str]:
     ]
     + [("crossvlt", v) for v in ("refcoco,aux", "refcoco,no_align", "refcoco,swin_small")]
     + [("crossvlt", v) for v in ("refcoco,paper,aux", "refcoco,paper,no_align")]
+    + [("crossvlt", v) for v in ("resnet101", "refcoco,resnet101", "refcoco,paper,resnet101")]
     + [("lavt", v) for v in ("", "refcoco", "refcoco,small", "refcoco,swin_small")],
 )
 def test_every_recipe_builds_and_its_groups_fit(name, variant):
     config = CONFIGS[name].get_config(variant)
     params = abstract_variables(config)["params"]
     assign_groups(params, config.optim.groups)
+
+
+def test_words_and_the_stages_of_a_resnet_attend_to_each_other():
+    config = crossvlt.get_config("resnet101")
+    model, rng = build(config), np.random.default_rng(0)
+    image = jnp.asarray(rng.normal(size=(2, 90, 64, 3)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(1, 100, (2, 6)))
+    token_mask = np.arange(6) < np.array([[6], [4]])
+    mask = rng.random((2, 90, 64)) < 0.3
+    variables = jax.jit(model.init)(jax.random.key(0), image, tokens, token_mask)
+    assert "swin" not in variables["params"]
+
+    @jax.jit
+    def run(params):
+        outputs, updated = model.apply(
+            {**variables, "params": params}, image, tokens, token_mask, train=True,
+            rngs={"dropout": jax.random.key(1)}, mutable="batch_stats",
+        )  # fmt: skip
+        return model.loss(outputs, mask, np.ones(2, bool), jax.random.key(2))[0], (outputs, updated)
+
+    grads, (outputs, updated) = jax.grad(run, has_aux=True)(variables["params"])
+    assert outputs["logits"].shape == mask.shape
+    assert [x.shape for x in outputs["stage_logits"]] == [
+        (2, 23, 16), (2, 12, 8), (2, 6, 4), (2, 3, 2),
+    ]  # fmt: skip
+    norms = jax.tree.map(lambda x: float(jnp.linalg.norm(x)), grads)
+    for name in ("resnet", "fusions_0", "merged_fusions_2", "language_stages_2", "alignments_3"):
+        assert max(jax.tree.leaves(norms[name])) > 0
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), variables["batch_stats"], updated["batch_stats"]
+    )
+    assert all(jax.tree.leaves(moved["resnet"]))
 
 
 def test_paper_and_released_recipes_differ_where_they_should():
@@ -139,6 +172,7 @@ def test_variants_have_their_parts_only():
 @pytest.mark.parametrize(
     "field, value",
     [
+        ("backbone", "vgg"),
         ("direction", "both"),
         ("fusion_stages", (0, 1)),
         ("align_stages", (3, 2)),

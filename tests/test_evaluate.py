@@ -142,6 +142,8 @@ def test_around_a_letterboxed_picture_there_is_no_mask():
 def test_shuffled_expressions_are_a_control():
     assert sweep(reading).metrics["mIoU"] == 1
     shuffled = sweep(reading, shuffle_text=True, keep_examples=2)
+    assert shuffled.selected_by("mean") == shuffled.metrics["mIoU"]
+    assert shuffled.selected_by("overall") == shuffled.metrics["oIoU"]
     assert shuffled.shuffled and shuffled.sentences == 10 and not shuffled.examples
     assert shuffled.metrics["mIoU"] < 0.8  # five refs, three of one side: some words still fit
     # A model that does not read loses nothing.
@@ -257,6 +259,7 @@ def test_gref_split_from_end_to_end(grefcoco, tmp_path, protocol):
     on = scored(5, 6)  # The small target has 6 pixels, and stays.
     assert on.metrics["N-acc"] == on.metrics["T-acc"] == 1
     assert on.score == pytest.approx(off.score + 2 / 6)
+    assert (on.selected_by("mean"), on.selected_by("overall")) == (on.score, on.metrics["cIoU"])
     assert on.metrics["cIoU"] > off.metrics["cIoU"]
     off = scored(0, 0)
     assert off.metrics["N-acc"] == 1 and off.score == on.score

@@ -37,6 +37,7 @@ from tests import preparing, tiny
         ("eval__threshold", 35.0, "threshold=35.0: it is a probability"),
         ("eval__threshold", float("nan"), "threshold=nan"),
         ("eval__protocol", "orignal", "'orignal' is not one of original, input"),
+        ("eval__select_by", "oIoU", "'oIoU' is not one of mean, overall"),
         ("data__eval_splits", ("val", "tesA"), "tesA"),
         ("seed", 2**64, "config.seed="),
         ("train__ema_decay", 1.0, "config.train.ema_decay=1.0: it must be from 0 to below 1"),

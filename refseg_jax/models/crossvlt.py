@@ -23,6 +23,7 @@ from refseg_jax.losses.segmentation import (
     two_class_loss,
 )
 from refseg_jax.models.encoders.bert import Bert, BertConfig, BertLayer
+from refseg_jax.models.encoders.resnet import ResNet, ResNetConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.attention import MultiHeadAttention
@@ -36,12 +37,18 @@ from refseg_jax.models.layers.early_fusion import (
 from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.resize import resize_bilinear
 
+BACKBONES = {"swin": Swin, "resnet": ResNet}
+
 
 @dataclasses.dataclass(frozen=True)
 class CrossVLTConfig:
     """Defaults are those of the released code. Stages are counted from 1, as in the paper."""
 
+    # Or "resnet": table I. Open: between its stages there is no patch merging, so that eq. 3-4 are
+    # of a stage's own output, before the stride of the next.
+    backbone: str = "swin"
     swin: SwinConfig = SwinConfig()
+    resnet: ResNetConfig = ResNetConfig()
     bert: BertConfig = BertConfig(layers=6)  # Its layers are those of language stage 1.
     language_depths: tuple[int, ...] = (2, 2, 2)  # Of stages 2-4, fusion layer included (table IV).
     fusion_stages: tuple[int, ...] = (1, 2, 3, 4)  # Table III (a).
@@ -58,8 +65,8 @@ class CrossVLTConfig:
     align_weight: float = 1.0  # Eq. 9's lambda, where the task's weight is 1; not in the paper.
 
     def __post_init__(self):
-        stages = tuple(range(1, len(self.swin.depths) + 1))
         for name, choices in (
+            ("backbone", BACKBONES),
             ("direction", ("bi", "uni")),
             ("align_loss", ("align", "aux")),
             ("align_at", ("input", "stage")),
@@ -70,6 +77,7 @@ class CrossVLTConfig:
                     f"config.model.{name}={getattr(self, name)!r} is not one of "
                     + ", ".join(choices)
                 )
+        stages = tuple(range(1, len(self.vision.depths) + 1))
         for name in ("fusion_stages", "align_stages"):
             chosen = getattr(self, name)
             if chosen != tuple(i for i in stages if i in chosen):
@@ -83,17 +91,28 @@ class CrossVLTConfig:
             if self.head_dim < 1 or width % self.heads(width):
                 raise UserError(
                     f"config.model.head_dim={self.head_dim} makes no heads of one size in a width "
-                    f"of {width} (those of the fusions are {self.fusion_widths}, of "
-                    f"swin.embed_dim={self.swin.embed_dim})"
+                    f"of {width} (those of the fusions are {self.fusion_widths}, of the stages "
+                    f"{self.vision.widths})"
                 )
         if self.align_dim < 1:
             raise UserError(f"config.model.align_dim={self.align_dim} must be 1 or more")
 
     @property
+    def vision(self) -> SwinConfig | ResNetConfig:
+        """The config of the vision encoder that is used."""
+        return getattr(self, self.backbone)
+
+    @property
     def fusion_widths(self) -> tuple[int, ...]:
         """Joint width of each stage's first attention: as released the first has twice its own."""
-        first, *others = self.swin.widths
+        first, *others = self.vision.widths
         return first * (2 if self.fusion_form == "released" else 1), *others
+
+    @property
+    def merged_widths(self) -> tuple[int, ...]:
+        """Of the maps between the stages, which a Swin has merged."""
+        widths = self.vision.widths
+        return widths[1:] if self.backbone == "swin" else widths[:-1]
 
     def heads(self, width: int) -> int:
         """Of an attention of that joint width."""
@@ -198,8 +217,9 @@ class CrossVLT(nn.Module):
 
     def setup(self):
         cfg = self.config
-        widths = cfg.swin.widths
-        self.swin = Swin(cfg.swin, dtype=self.dtype)
+        widths = cfg.vision.widths
+        # Under its own name, so that pretrained weights are found.
+        setattr(self, cfg.backbone, BACKBONES[cfg.backbone](cfg.vision, dtype=self.dtype))
         self.bert = Bert(cfg.bert, dtype=self.dtype)
         self.language_stages = [
             LanguageStage(
@@ -219,7 +239,7 @@ class CrossVLT(nn.Module):
 
         self.fusions = [fusion(width) for width in cfg.fusion_widths]
         self.gates = [gate() for _ in widths]
-        self.merged_fusions = [fusion(width) for width in widths[1:]]
+        self.merged_fusions = [fusion(width) for width in cfg.merged_widths]
         self.merged_gates = [gate() for _ in widths[1:]]
         if cfg.align_loss == "aux":
             self.aux_heads = [Dense(1, dtype=self.dtype) for _ in widths]
@@ -241,15 +261,17 @@ class CrossVLT(nn.Module):
         """
         cfg = self.config
         language = self.bert(tokens, token_mask, train)
-        vision = self.swin.embed(image.astype(self.dtype))
+        encoder = getattr(self, cfg.backbone)
+        vision = encoder.embed(image.astype(self.dtype), train)
         shape, vision = vision.shape, pixels_in_one_axis(vision)
         features, stage_logits = [], []
-        last = len(cfg.swin.depths) - 1
+        last = len(cfg.vision.depths) - 1
         for i in range(last + 1):
             fused = i + 1 in cfg.fusion_stages
             if i:
                 language = self.language_stages[i - 1](language, token_mask, vision, train)
-            vision = pixels_in_one_axis(self.swin.stage(i, vision.reshape(shape), train))
+            vision = encoder.stage(i, vision.reshape(shape), train)
+            shape, vision = vision.shape, pixels_in_one_axis(vision)
             if i + 1 in cfg.align_stages:
                 logits = self._stage_logits(i, vision, language)
                 stage_logits.append(logits.reshape(shape[:-1]))
@@ -260,7 +282,7 @@ class CrossVLT(nn.Module):
                 vision = self.gates[i](vision, feature)  # Eq. 2: M_i.
             features.append(feature.reshape(shape))
             if i < last:
-                vision = self.swin.merge(i, vision.reshape(shape))
+                vision = encoder.merge(i, vision.reshape(shape))
                 shape, vision = vision.shape, pixels_in_one_axis(vision)
                 if fused:  # Eq. 3-4.
                     update = self.merged_fusions[i](vision, language, token_mask)
@@ -289,7 +311,7 @@ class CrossVLT(nn.Module):
             if cfg.align_at == "input":
                 logits = resize_bilinear(logits, mask.shape[1:], align_corners=True)
             else:
-                labels = majority_downsample(mask, cfg.swin.patch_size * 2 ** (stage - 1))
+                labels = majority_downsample(mask, cfg.vision.patch_size * 2 ** (stage - 1))
             align = masked_mean(sigmoid_bce(logits, labels), valid)
             scalars[f"loss_{cfg.align_loss}{stage}"] = align
             loss = loss + cfg.align_weight * align
