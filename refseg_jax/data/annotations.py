@@ -121,35 +121,41 @@ def check_records(value: Any, fields: dict[str, type | tuple], where: str) -> li
     return value
 
 
-def instance_tables(path: pathlib.Path) -> dict[str, dict[int, dict]]:
+def instance_tables(
+    path: pathlib.Path, repeated: Callable[[str], None] | None = None
+) -> dict[str, dict[int, dict]]:
     """`images`, `annotations` and `categories` of an instances.json, each by id.
 
+    `repeated` is told of every record whose id was there before, and the first one counts.
+
     Raises:
-      UserError: unreadable, a field is missing, or an id stands for two things.
+      UserError: unreadable, a field is missing, or, without `repeated`, an id stands for two
+        things.
     """
     tables = read(path)
     if not isinstance(tables, dict):
         raise UserError(f"{path}: a JSON object is expected, not {type(tables).__name__}")
     tables = {"categories": [], **tables}  # Not everybody names what is seen.
-    return {
-        name: _by_id(check_records(tables.get(name), fields, f"{path}, {name}"), f"{path}, {name}")
-        for name, fields in _INSTANCE_FIELDS.items()
-    }
+    by_id = {}
+    for name, fields in _INSTANCE_FIELDS.items():
+        by_id[name] = {}
+        for record in check_records(tables.get(name), fields, f"{path}, {name}"):
+            first = by_id[name].setdefault(record["id"], record)
+            if first is record:
+                continue
+            if repeated:
+                repeated(f"{path.name}, {name}: id {record['id']}")
+            elif first != record:
+                raise UserError(
+                    f"{path}, {name}: id {record['id']} stands for two different records"
+                )
+    return by_id
 
 
 def segmentation(annotation: dict) -> list | dict:
     """An annotation's polygons or run-length code; [] where it has none, such as a box alone."""
     found = annotation.get("segmentation")
     return found if isinstance(found, list | dict) else []
-
-
-def _by_id(records: list[dict], where: str) -> dict[int, dict]:
-    table = {record["id"]: record for record in records}
-    if len(table) != len(records):
-        for record in records:
-            if table[record["id"]] != record:
-                raise UserError(f"{where}: id {record['id']} stands for two different records")
-    return table
 
 
 def is_blank(text: str) -> bool:

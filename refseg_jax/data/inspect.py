@@ -12,11 +12,10 @@ python -m refseg_jax.data.inspect shapes [--scenes 100]
 
 import argparse
 import collections
+import functools
 import json
 import logging
-import pathlib
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from refseg_jax import page, pictures
-from refseg_jax.data import annotations, checks, custom, load_tokenizer, sets, shapes
+from refseg_jax.data import checks, custom, load_tokenizer, sets, shapes
 from refseg_jax.data.checks import Report
-from refseg_jax.data.prepare import MERGED_SETS, add_own_photos, coco_sources
+from refseg_jax.data.prepare import add_kinds, built_splits, coco_sources, names
 from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.refer import ReferFiles, ReferSource
 from refseg_jax.errors import UserError, command
@@ -51,7 +50,9 @@ COUNTS = {
 
 def open_refer(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """A dataset in the `refer` layout."""
-    files, sources = _files(pathlib.Path(args.root), args.dataset, args.split_by, report), {}
+    repeated = functools.partial(report, checks.IDS)
+    files = ReferFiles(args.root, args.dataset, args.split_by, repeated)
+    sources = {}
     for split in args.splits or files.splits:
         checks.drop_blank(files.entries(split), args.text_field, split, report)
         try:
@@ -69,17 +70,12 @@ def open_refer(args: argparse.Namespace, report: Report) -> dict[str, Source]:
 def open_merged(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """The merged training set of several sets, and the other splits of each of them."""
     each = {name: sets.open_set(args.root, name, partial=True) for name in args.sets}
-    sources: dict[str, Source] = {sets.TRAIN: sets.MergedSource(each)}
-    for name, splits in each.items():
-        sources |= {f"{name}/{s}": source for s, source in splits.items() if s != sets.TRAIN}
-    return sources
+    return sets.merged_splits(each)
 
 
 def open_tfds(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """TensorFlow Datasets' `ref_coco`, as it was built."""
-    from refseg_jax.data import tfds
-
-    return tfds.open_built(args.root)[2]
+    return built_splits(args)[2]
 
 
 def open_coco(args: argparse.Namespace, report: Report) -> dict[str, Source]:
@@ -100,38 +96,6 @@ def open_prepared(args: argparse.Namespace, report: Report) -> dict[str, Source]
 def open_shapes(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """The embedded dataset."""
     return {s: shapes.ShapesSource(s, num_scenes=args.scenes) for s in shapes.NUM_SCENES}
-
-
-def _files(root: pathlib.Path, dataset: str, split_by: str, report: Report) -> ReferFiles:
-    """The dataset's files. Of records with one id, which end the library's reading, the first."""
-    path = root / dataset / "instances.json"
-    tables = annotations.read(path) if path.exists() else None
-    unique: dict[str, list] = {}
-    for name, records in tables.items() if isinstance(tables, dict) else ():
-        unique[name], seen = [], set()
-        for record in records if isinstance(records, list) else ():
-            number = record.get("id") if isinstance(record, dict) else None
-            if type(number) is int and number in seen:
-                report(checks.IDS, f"{path.name}, {name}: id {number}")
-                continue
-            seen.add(number if type(number) is int else None)
-            unique[name].append(record)
-    if all(len(records) == len(tables[name]) for name, records in unique.items()):
-        return ReferFiles(root, dataset, split_by)
-    with tempfile.TemporaryDirectory() as copy:
-        folder = pathlib.Path(copy) / dataset
-        folder.mkdir()
-        (folder / path.name).write_text(json.dumps(unique))
-        (folder.parent / "images").symlink_to((root / "images").absolute())
-        for other in path.parent.iterdir():
-            if other.name != path.name:
-                (folder / other.name).symlink_to(other.absolute())
-        files = ReferFiles(copy, dataset, split_by)
-        files.refs_path, files.image_folder = (
-            files.refs_path.resolve(),
-            files.image_folder.resolve(),
-        )
-    return files
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -246,12 +210,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     kinds = parser.add_subparsers(required=True, metavar="refer|merged|tfds|coco|folder|...")
 
-    def names(text: str) -> tuple[str, ...]:
-        return tuple(name.strip() for name in text.split(",") if name.strip())
-
     def kind(name, function):
         sub = kinds.add_parser(name, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(open=function, splits=None)
+        sub.set_defaults(open=function)
         sub.add_argument("--out", default="inspect.html", help="page to write (default: here)")
         sub.add_argument("--samples", type=int, default=12, help="pictures per split")
         sub.add_argument("--tokenizer", help="shapes, a tokenizer file or folder, or a hub name")
@@ -259,23 +220,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--json", action="store_true", help="print one JSON object instead")
         return sub
 
-    sub = kind("refer", open_refer)
-    sub.add_argument("--root", required=True, help="folder with images/ and the dataset's own")
-    sub.add_argument("--dataset", default="refcoco", help="its folder, e.g. refcoco+ or refclef")
-    sub.add_argument("--split_by", default="unc", help="unc, umd, google or berkeley")
-    sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
-    sub.add_argument("--text_field", choices=("raw", "sent"), default="raw")
-    sub = kind("merged", open_merged)
-    sub.add_argument("--root", required=True, help="folder with the sets, raw or prepared")
-    sub.add_argument("--sets", type=names, default=MERGED_SETS, help="e.g. refcoco_unc,photos")
-    sub = kind("tfds", open_tfds)
-    sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0")
+    add_kinds(kind, open_refer, open_merged, open_tfds, open_coco, open_folder)
     sub = kind("prepared", open_prepared)
     sub.add_argument("--root", required=True, help="the prepared folder")
     sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
     sub = kind("shapes", open_shapes)
     sub.add_argument("--scenes", type=int, default=100, help="per split")
-    add_own_photos(kind, open_coco, open_folder)
     args = parser.parse_args(argv)
     if args.samples < 0:
         parser.error(f"--samples={args.samples} is negative")

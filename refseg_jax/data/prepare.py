@@ -62,8 +62,12 @@ def open_refer(args: argparse.Namespace) -> Plan:
     return _plan(args, args.dataset, args.split_by, sources, about)
 
 
-def open_tfds(args: argparse.Namespace) -> Plan:
-    """TensorFlow Datasets' `ref_coco`, as it was built."""
+def built_splits(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], tuple]:
+    """(dataset, split_by, sources of the splits, files) of `args` as `open_tfds` takes them.
+
+    Raises:
+      UserError: there is no such split, or see `tfds.open_built`.
+    """
     from refseg_jax.data import tfds
 
     dataset, split_by, sources, files = tfds.open_built(args.root)
@@ -71,6 +75,12 @@ def open_tfds(args: argparse.Namespace) -> Plan:
     missing = set(args.splits or ()) - sources.keys()
     if missing:
         raise UserError(f"{args.root} has no split {', '.join(sorted(missing))}")
+    return dataset, split_by, sources, files
+
+
+def open_tfds(args: argparse.Namespace) -> Plan:
+    """TensorFlow Datasets' `ref_coco`, as it was built."""
+    dataset, split_by, sources, files = built_splits(args)
     about = {
         "source": {"kind": "tfds ref_coco", "files": {path.name: sha256(path) for path in files}},
         "licence": args.licence or _COCO_LICENCE,
@@ -128,7 +138,8 @@ def open_folder(args: argparse.Namespace) -> Plan:
 def open_merged(args: argparse.Namespace) -> Plan:
     """The merged training set of several sets, and the other splits of each of them."""
     each = {name: sets.open_set(args.root, name, partial=args.partial) for name in args.sets}
-    merged = sets.MergedSource(each)
+    sources = sets.merged_splits(each)
+    merged = sources[sets.TRAIN]
     say(merged.report())
     differences = {}
     for name, splits in each.items():
@@ -136,10 +147,6 @@ def open_merged(args: argparse.Namespace) -> Plan:
             if lines := refer.count_differences(source, name.rpartition("_")[2]):
                 differences[f"{name}/{split}"] = lines
                 say(f"{name} is not what is published: {split} has {', '.join(lines)}")
-    sources: dict[str, FileSource] = {sets.TRAIN: merged}
-    for name, splits in each.items():
-        others = {s: source for s, source in splits.items() if s != sets.TRAIN}
-        sources |= {f"{name}/{split}": source for split, source in others.items()}
     dropped = {
         name: dict(zip(("images", "refs", "sentences"), lost, strict=True))
         for name, lost in merged.dropped.items()
@@ -218,7 +225,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """For argparse: names with commas between."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
@@ -234,23 +242,46 @@ def _share(text: str) -> float:
     return share
 
 
-def add_own_photos(kind: Callable, open_coco: Callable, open_folder: Callable) -> None:
-    """Adds the two kinds of someone's own photos; `kind(name, function)` makes a parser of one."""
-    for name, function in (("coco", open_coco), ("folder", open_folder)):
-        sub = kind(name, function)
-        if name == "coco":
-            sub.add_argument("--images", required=True, help="folder with the images")
-            sub.add_argument(
-                "--expressions", help="JSON lines, see docs/data.md (default: generated ones)"
-            )
-            sub.add_argument("--instances", help="COCO file that ann_id refers to")
-        else:
-            sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
-        sub.add_argument("--name", default="custom", help="what to call the dataset")
-        sub.add_argument(
-            "--val_share", type=_share, default=custom.VAL_SHARE,
-            help="of the images, where no split is named",
-        )  # fmt: skip
+def add_kinds(
+    kind: Callable,
+    open_refer: Callable,
+    open_merged: Callable,
+    open_tfds: Callable,
+    open_coco: Callable,
+    open_folder: Callable,
+) -> None:
+    """Adds the options of the kinds of data; `kind(name, function)` makes a parser of one."""
+    sub = kind("refer", open_refer)
+    sub.add_argument("--root", required=True, help="folder with images/ and the dataset's own")
+    sub.add_argument("--dataset", default="refcoco", help="its folder, e.g. refcoco+ or refclef")
+    sub.add_argument("--split_by", default="unc", help="unc, umd, google or berkeley")
+    sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
+    sub.add_argument(
+        "--text_field", choices=("raw", "sent"), default="raw", help="as typed, or cleaned"
+    )
+    sub = kind("merged", open_merged)
+    sub.add_argument("--root", required=True, help="folder with the sets, raw or prepared")
+    sub.add_argument("--sets", type=names, default=MERGED_SETS, help="e.g. refcoco_unc,photos")
+    sub = kind("tfds", open_tfds)
+    sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0")
+    sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
+    sub = kind("coco", open_coco)
+    sub.add_argument("--images", required=True, help="folder with the images")
+    sub.add_argument("--expressions", help="JSON lines, see docs/data.md (default: generated ones)")
+    sub.add_argument("--instances", help="COCO file that ann_id refers to")
+    _add_own(sub)
+    sub = kind("folder", open_folder)
+    sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
+    _add_own(sub)
+
+
+def _add_own(sub: argparse.ArgumentParser) -> None:
+    """What both kinds of someone's own photos take."""
+    sub.add_argument("--name", default="custom", help="what to call the dataset")
+    sub.add_argument(
+        "--val_share", type=_share, default=custom.VAL_SHARE,
+        help="of the images, where no split is named",
+    )  # fmt: skip
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -275,21 +306,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--images_per_shard", type=_positive, default=256)
         return sub
 
-    sub = kind("refer", open_refer)
-    sub.add_argument("--root", required=True, help="folder with images/ and the dataset's own")
-    sub.add_argument("--dataset", default="refcoco", help="its folder, e.g. refcoco+ or refclef")
-    sub.add_argument("--split_by", default="unc", help="unc, umd, google or berkeley")
-    sub.add_argument("--splits", type=_names, help="e.g. train,val (default: all)")
-    sub.add_argument(
-        "--text_field", choices=("raw", "sent"), default="raw", help="as typed, or cleaned"
-    )
-    sub = kind("merged", open_merged)
-    sub.add_argument("--root", required=True, help="folder with the sets, raw or prepared")
-    sub.add_argument("--sets", type=_names, default=MERGED_SETS, help="e.g. refcoco_unc,photos")
-    sub = kind("tfds", open_tfds)
-    sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0")
-    sub.add_argument("--splits", type=_names, help="e.g. train,val (default: all)")
-    add_own_photos(kind, open_coco, open_folder)
+    add_kinds(kind, open_refer, open_merged, open_tfds, open_coco, open_folder)
     return parser.parse_args(argv)
 
 

@@ -12,6 +12,7 @@ import collections
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -75,6 +76,8 @@ _REF_FIELDS = {
 class ReferFiles:
     """The files of one dataset, read once, for any number of its splits.
 
+    `repeated`: see `annotations.instance_tables`.
+
     Attributes:
       annotation_files: the two files that hold refs and instances.
       splits: the names of the splits, in the order of the file.
@@ -83,7 +86,13 @@ class ReferFiles:
       UserError: a file is missing or unreadable.
     """
 
-    def __init__(self, root: str | os.PathLike[str], dataset: str, split_by: str):
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        dataset: str,
+        split_by: str,
+        repeated: Callable[[str], None] | None = None,
+    ):
         self.dataset, self.split_by = dataset, split_by
         folder = pathlib.Path(root) / dataset
         names = [f"{refs}({split_by}).{end}" for refs in ("refs", "grefs") for end in ("p", "json")]
@@ -98,7 +107,7 @@ class ReferFiles:
         self.splits = tuple(self._entries)
         if not self.splits:
             raise UserError(f"{self.refs_path} has no refs at all: fetch it again")
-        self.tables = annotations.instance_tables(instances_path)
+        self.tables = annotations.instance_tables(instances_path, repeated)
         self.image_names = _files_below(self.image_folder)
 
     def entries(self, split: str) -> list[dict]:

@@ -90,6 +90,18 @@ def open_merged(root: str, names: Sequence[str], split: str, text_field: str = "
     return open_set(root, name, [part], text_field=text_field)[part]
 
 
+def merged_splits(each: Mapping[str, Mapping[str, FileSource]]) -> dict[str, FileSource]:
+    """All splits of the merged set of some sets, given all of theirs.
+
+    Raises:
+      UserError: see `MergedSource`.
+    """
+    merged: dict[str, FileSource] = {TRAIN: MergedSource(each)}
+    for name, splits in each.items():
+        merged |= {f"{name}/{split}": source for split, source in splits.items() if split != TRAIN}
+    return merged
+
+
 def image_key(file: ImageFile) -> Any:
     """Equal for two files of one photograph, in whichever of the sets they are.
 
