@@ -22,14 +22,16 @@ from refseg_jax.sharding import path_name
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 DATA_FILE = "data.json"
+# Orbax warns of each that is otherwise.
+READ_ONLY = dict(read_only=True, create=False, save_interval_steps=0)
 
 
 class Checkpoints:
     """The `last` and `best` checkpoints of one run. Use as a context manager: leaving waits."""
 
     def __init__(self, workdir: str):
-        self.last = _manager(workdir, "last", create=True)
-        self.best = _manager(workdir, "best", create=True)
+        self.last = _manager(workdir, "last", max_to_keep=1)
+        self.best = _manager(workdir, "best", max_to_keep=1)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -72,7 +74,7 @@ class Checkpoints:
         return True
 
 
-def _manager(workdir: str, name: str, **options) -> ocp.CheckpointManager:
+def _manager(workdir: str, name: str, **options: Any) -> ocp.CheckpointManager:
     root = epath.Path(workdir)
     if "://" not in str(workdir):
         root = root.absolute()
@@ -80,7 +82,7 @@ def _manager(workdir: str, name: str, **options) -> ocp.CheckpointManager:
         options |= dict(best_fn=lambda metrics: metrics["score"], best_mode="max")
     return ocp.CheckpointManager(
         root / "checkpoints" / name,
-        options=ocp.CheckpointManagerOptions(max_to_keep=1, **options),
+        options=ocp.CheckpointManagerOptions(**options),
         item_handlers=ocp.StandardCheckpointHandler(),
     )
 
@@ -156,13 +158,16 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
     """
     path = epath.Path(workdir) / CONFIG_FILE
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except FileNotFoundError:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{workdir} is not the directory of a run: it has no {CONFIG_FILE}"
         ) from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        raise UserError(f"{workdir} is not the directory of a run: its {CONFIG_FILE} is no run's")
+    return ml_collections.ConfigDict(values)
 
 
 def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
@@ -217,5 +222,5 @@ def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables
     )
     # It may lie where nothing can be written.
-    with contextlib.closing(_manager(workdir, "best", create=False, read_only=True)) as best:
+    with contextlib.closing(_manager(workdir, "best", **READ_ONLY)) as best:
         return _restore(best, abstract, best.best_step())

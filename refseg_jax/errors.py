@@ -1,10 +1,17 @@
 """The one exception that is meant for the person at the keyboard."""
 
 import contextlib
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+# Of a file or folder that is not ours to use, a disk that is full, a name that is too long.
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    errno.ENAMETOOLONG,
+)
 
 
 class UserError(Exception):
@@ -27,18 +34,32 @@ def fail(message: str) -> NoReturn:
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Makes a UserError in `main`, or of a bucket, one line on stderr and exit status 2."""
+    """Makes a UserError in `main`, of a bucket or a file, one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def checked(*args) -> int:
         try:
-            with bucket_errors():
+            with bucket_errors(), file_errors():
                 return main(*args)
         except UserError as e:
             say(f"error: {' '.join(str(e).split())}")
             return 2
+        except KeyboardInterrupt:
+            say("stopped")
+            return 130  # As a shell says of what SIGINT ended.
 
     return checked
+
+
+@contextlib.contextmanager
+def file_errors(place: str = "a file") -> Iterator[None]:
+    """What is not ours to use, or full, is a UserError within, at `place` if no file is named."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in UNUSABLE:
+            raise
+        raise UserError(f"{e.filename or place}: {e.strerror}") from e
 
 
 @contextlib.contextmanager

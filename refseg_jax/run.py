@@ -1,7 +1,6 @@
 """A run from start to end: its directory, training, evaluation, report, and the summary."""
 
 import contextlib
-import errno
 import json
 import pathlib
 import sys
@@ -16,7 +15,7 @@ from refseg_jax import bounds, checkpoint, data, details, evaluate
 from refseg_jax.data.files import locked
 from refseg_jax.data.pipeline import CannotShuffle
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, file_errors
 from refseg_jax.logging import read_metrics
 from refseg_jax.predict import load_run, make_predict_step
 from refseg_jax.report import write_report
@@ -30,9 +29,6 @@ FREE_FIELDS = (
     "eval.", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "data.root", "data.workers", "data.threads", "data.eval_splits", "data.text_field",
 )  # fmt: skip
-
-# Of a disk that is full, or not ours to use.
-UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 # Of how many examples of each case the report shows how the mask came about.
 EXPLAINED = {"best": 2, "middle": 2}
@@ -49,12 +45,8 @@ def run(
       UserError: see `bounds.check`, `train` and `evaluate_run`.
     """
     bounds.check(config)
-    try:
+    with file_errors(workdir):
         return {**_run(config, workdir, mode, begun), "workdir": workdir}
-    except OSError as error:
-        if error.errno not in UNUSABLE:
-            raise
-        raise UserError(f"{error.filename or workdir}: {error.strerror}") from error
 
 
 def _run(

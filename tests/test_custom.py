@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import alignformer
-from refseg_jax.data import custom, open_source, rle, shapes
+from refseg_jax.data import custom, open_source, rle, shapes, transforms
 from refseg_jax.data.pipeline import TrainBatches
 from refseg_jax.data.records import ImageFile
 from refseg_jax.data.shards import PreparedSource
@@ -179,6 +179,19 @@ def test_a_turned_photo_is_upright(photos):
     ).values()
     assert source.image(source[0]).shape == (*source.mask(source[0]).shape, 3)
     assert source.mask(source[0]).shape == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_its_photo_is(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "mask.png"
+    region = np.zeros((6, 9), np.uint8)
+    region[1:3, 2:8] = region[3:5, 6:8] = 255
+    Image.fromarray(region).save(path, exif=exif)
+    mask = custom._read_mask(path)
+    np.testing.assert_array_equal(mask, transforms.read_image(path)[..., 0] > 0)
+    assert mask.shape == custom._size(path) and mask.sum() == 16
 
 
 def test_without_splits_some_images_are_held_out(photos):

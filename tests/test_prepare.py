@@ -279,6 +279,19 @@ def test_mended_data_goes_on_where_it_failed(spoiled, raw, whole, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
+def test_annotations_may_be_mended_before_the_end(spoiled, raw, whole, tmp_path, capsys):
+    (spoiled / "shapes" / "refs(unc).p").write_bytes((raw / "shapes" / "refs(unc).p").read_bytes())
+    out = tmp_path / "out"
+    arguments = "refer", "--root", spoiled, "--dataset", "shapes", "--out", out, "--workers", 1
+    assert preparing.run(*arguments, "--images_per_shard", 1) == 2
+    assert "mend them and run this again" in capsys.readouterr().err
+    assert len(list(out.glob("*.array_record"))) > 3
+    # Another plan: it begins anew, and what the last one wrote is gone.
+    shutil.copytree(raw, spoiled, dirs_exist_ok=True)
+    assert prepare_shapes(spoiled, out) == 0
+    assert preparing.contents(out) == whole
+
+
 def test_nothing_usable_is_an_error(raw, tmp_path, capsys):
     root = pathlib.Path(shutil.copytree(raw, tmp_path / "root"))
     for path in (root / "images" / "mscoco" / "train2014").glob("shapes_2*"):

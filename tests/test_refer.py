@@ -91,6 +91,16 @@ def write(root, refs, instances, suffix="json"):
     return root
 
 
+def test_what_a_file_is_its_contents_say(tmp_path):
+    for name, contents in (("a.JSON", b"[1]"), ("b.p", b" [1]"), ("c.json", b"[1]")):
+        (tmp_path / name).write_bytes(contents)
+        assert annotations.read(tmp_path / name) == [1]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        for value in ([1], {"a": [2]}, []):
+            (tmp_path / "refs.p").write_bytes(pickle.dumps(value, protocol))
+            assert annotations.read(tmp_path / "refs.p") == value
+
+
 def load(root, split="train", **options):
     return ReferSource(root, "mine", "unc", split, **options)
 

@@ -1,5 +1,7 @@
 """What not every dataset of the `refer` layout has: several targets or none, other images, gaps."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from tests import preparing
 from tests.test_refer import HEIGHT, WIDTH, box_mask, load, small_set, write
 
 
-def test_several_targets_or_none(tmp_path):
+def test_several_targets_or_none(tmp_path, caplog):
     """gRefCOCO: the mask is the union of all targets, and empty where there is none."""
     refs, instances = small_set()
     instances["annotations"][1]["category_id"] = 2
@@ -33,6 +35,13 @@ def test_several_targets_or_none(tmp_path):
     ) == 0  # fmt: skip
     preparing.assert_same_source(PreparedSource(tmp_path / "out", "train"), source)
     assert preparing.manifest(tmp_path / "out")["splits"]["train"]["without_target"] == 1
+
+    # The published file has refs without sentences, which are for nothing.
+    refs[2]["sentences"] = []
+    (folder / "grefs(unc).json").write_text(json.dumps(refs))
+    shorter = load(tmp_path)
+    assert [shorter[i] for i in range(len(shorter))] == [source[0], source[1]]
+    assert "mine (unc) train: 1 refs without sentences are left out" in caplog.text
 
 
 @pytest.mark.parametrize("ann_id", [[], ["1"], [[100]], [True], [100, -1]])

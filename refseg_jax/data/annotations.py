@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import pickle
+import re
 import unicodedata
 from collections.abc import Callable
 from typing import Any
@@ -84,11 +85,11 @@ def read(path: pathlib.Path) -> Any:
       UserError: the file is missing or damaged, or holds more than plain data.
     """
     try:
-        with open(path, "rb") as file:
-            if path.suffix == ".json":
-                return json.load(file)
-            data = io.BytesIO(file.read())
-            return _PlainUnpickler(data).load()
+        data = path.read_bytes()
+        # No pickle begins with a bracket, whatever its name.
+        if path.suffix.lower() == ".json" or re.match(rb"\s*[\[{]", data):
+            return json.loads(data)
+        return _PlainUnpickler(io.BytesIO(data)).load()
     # A damaged pickle can raise almost anything.
     except Exception as error:
         raise UserError(

@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from refseg_jax.data import annotations, rle
 from refseg_jax.data.files import read_bytes, sha256
@@ -389,12 +389,14 @@ def _read_mask(path: pathlib.Path) -> np.ndarray:
     """bool [H, W]: what is opaque, where some is not; else the pixels that are not 0.
 
     Where the file's black is not quite 0, as it is compressed with loss, those from 128. Of
-    colours any such; of a palette, whose entries are labels, those that are not its black.
+    colours any such; of a palette, whose entries are labels, those that are not its black. It is
+    turned upright by its own EXIF orientation, as images are.
     """
     try:
         with Image.open(path) as file:
             lossy = file.format in ("JPEG", "MPO", "WEBP")  # Of WebP nothing says whether it is.
             lossy = lossy or "jpeg" in str(file.info.get("compression", ""))
+            file = ImageOps.exif_transpose(file)
             if file.has_transparency_data:
                 opacity = np.asarray(file.convert("RGBA"))[..., 3]
                 if opacity.min() < opacity.max():

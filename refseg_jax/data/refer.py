@@ -5,7 +5,9 @@
 <root>/<dataset>/refs(<split_by>).p      (or .json with the same fields)
 
 ReferIt is the dataset "refclef", its images lie in images/saiapr_tc-12. gRefCOCO's file is
-grefs(unc).json: there a ref's ann_id is a list, the target being the union, and [-1] means none.
+grefs(unc).json: there a ref's ann_id is a list, the target being the union, and [-1] means none;
+and its refs without sentences, of which the published file has some, are left out, as its authors
+say.
 """
 
 import collections
@@ -81,6 +83,7 @@ class ReferFiles:
     Attributes:
       annotation_files: the two files that hold refs and instances.
       splits: the names of the splits, in the order of the file.
+      generalized: it is gRefCOCO's file of refs.
 
     Raises:
       UserError: a file is missing or unreadable.
@@ -98,6 +101,7 @@ class ReferFiles:
         names = [f"{refs}({split_by}).{end}" for refs in ("refs", "grefs") for end in ("p", "json")]
         instances_path = _existing(folder / "instances.json")
         self.refs_path = _existing(*(folder / name for name in names))
+        self.generalized = self.refs_path.name.startswith("grefs(")
         candidates = _IMAGE_FOLDERS.get(dataset, _COCO_FOLDERS)
         self.image_folder = _existing(*(pathlib.Path(root) / name for name in candidates))
         self.annotation_files = (self.refs_path, instances_path)
@@ -164,6 +168,14 @@ class ReferSource(RefList):
         self._parts: dict[int, list] = {}
         refs, faults = [], []
         entries = files.entries(split)
+        if files.generalized:
+            spoken = [entry for entry in entries if entry["sentences"]]
+            if len(spoken) < len(entries):
+                logging.warning(
+                    "%s (%s) %s: %d refs without sentences are left out",
+                    *(dataset, files.split_by, split, len(entries) - len(spoken)),
+                )
+            entries = spoken
         for entry in entries:
             image_id = entry["image_id"]
             try:

@@ -112,8 +112,8 @@ class Tokenizer:
             return cls(transformers.AutoTokenizer.from_pretrained(str(name)).backend_tokenizer)
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
-                f"no tokenizer {name!r}: neither a file or folder here nor a model that Hugging "
-                f"Face can give ({str(error).splitlines()[0]})"
+                f"no tokenizer {str(name)!r}: neither a file or folder here nor a model that "
+                f"Hugging Face can give ({str(error).splitlines()[0]})"
             ) from error
 
     @classmethod

@@ -7,7 +7,7 @@ import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from refseg_jax.errors import UserError
 
@@ -42,6 +42,8 @@ def read_image(
                 upright = to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise UserError(f"no image file {name}") from None
+    except UnidentifiedImageError:  # It would name the object that the contents are in.
+        raise UserError(f"cannot read {name} as an image (of no known kind): replace it") from None
     # Pillow reports damage in almost any way, depending on the format and where it is.
     except Exception as error:
         raise UserError(f"cannot read {name} as an image ({error}): replace the file") from error

@@ -140,6 +140,9 @@ def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
     if known is None and len(parts) < len(list(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no preparation: give another --out")
     if known is not None and known.get("plan") != digest:
+        if not manifest.exists() and known.get("dataset") == plan.dataset:
+            _begin_anew(out)  # It was not finished, and what was wrong may have been mended.
+            return _adopt(plan, out)
         raise UserError(
             f"{out} holds another preparation, of {known.get('dataset')!r}, or of other "
             "annotations or options: give another --out, or delete it"
@@ -154,6 +157,13 @@ def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
     states = [*states, *(read_json(aside) for aside in asides if aside.exists())]
     by_file = {state["file"]: state for state in states if state.keys() == _STATE_FIELDS}
     return {k: by_file[plan.file(k)] for k in range(len(plan.shards)) if plan.file(k) in by_file}
+
+
+def _begin_anew(out: pathlib.Path) -> None:
+    """Deletes a preparation that was not finished."""
+    for path in out.glob("images-*-of-*.array_record*"):
+        path.unlink()
+    (out / PLAN).unlink()
 
 
 def _shards(
