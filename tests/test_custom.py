@@ -79,6 +79,9 @@ def read(photos, entries, instances=True, **options):
 
 def test_every_kind_of_region(photos):
     counts = rle.encode(box(1, 1, 4, 4)).decode()
+    points = {"image": "c.png", "polygon": [[2, 2], [12, 2], [12, 12], [2, 12]]}
+    (source,) = read(photos, [points | {"sentences": ["points"], "split": "train"}]).values()
+    np.testing.assert_array_equal(source.mask(source[0]), box(2, 2, 12, 12))
     entry = {"image": "c.png", "mask": {"size": [HEIGHT, WIDTH], "counts": counts}}
     sources = read(photos, [*ENTRIES, entry | {"sentences": ["code"]}])
     assert {s: len(source) for s, source in sources.items()} == {"train": 5, "val": 2}

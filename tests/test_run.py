@@ -184,3 +184,12 @@ def test_heads_that_do_not_divide_a_width_are_an_error(name, field, message):
     node[field] = 7 if isinstance(node[field], int) else (7, *node[field][1:])
     with pytest.raises(UserError, match=message):
         models.build(config)
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_a_recipe_is_what_its_model_is_by_default(name):
+    config = importlib.import_module(f"configs.{name}").get_config("refcoco").model
+    default = models.MODELS[name].Config()
+    text = "bert" if "bert" in config else "text"
+    config[text].vocab_size = getattr(default, text).vocab_size  # 0 there: the tokenizer's.
+    assert models.build(config).config == default

@@ -253,6 +253,10 @@ class _Reader:
         elif given == ["mask"] and isinstance(value, str):
             region = _inside(self._masks, value, "mask")
         else:
+            if isinstance(value, list) and all(
+                isinstance(part, list) and len(part) == 2 for part in value
+            ):
+                value = [number for point in value for number in point]
             flat = isinstance(value, list) and not any(isinstance(part, list) for part in value)
             region = rle.drawable([value] if flat else value)
         if ann_ids and not region:
