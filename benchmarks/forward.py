@@ -2,10 +2,9 @@
 
     python -m benchmarks.forward [--model alignformer] [--image_size N] [--repeats 5]
 
-One image and one expression in float32, the same random weights in both. The other side is PyTorch
-eager: for CrossVLT and LAVT the released code's operations one by one, which the golden tests hold
-to the released outputs; for the others benchmarks/pytorch. One JSON line per model: median seconds
-of each, `speedup` = PyTorch's time over ours, and the logits' relative difference.
+One image and one expression in float32, the same random weights in both. The other side is
+benchmarks/pytorch, eager. One JSON line per model: median seconds of each, `speedup` = PyTorch's
+time over ours, and the logits' relative difference.
 """
 
 import argparse
@@ -23,15 +22,6 @@ from benchmarks.paper import CONFIGS, paper_config, positive
 from benchmarks.pytorch.load import load
 from refseg_jax import models
 from refseg_jax.train_state import init_variables
-from refseg_jax.weights.released import crossvlt_from_released, lavt_from_released
-from tests.golden import torch_early_fusion
-from tests.parity.hf_models import arrays
-
-# The authors' names, with the converter from them; the other models' twins bear our names.
-RELEASED = {
-    "crossvlt": (torch_early_fusion.CrossVLT, crossvlt_from_released),
-    "lavt": (torch_early_fusion.LAVT, lavt_from_released),
-}
 
 
 def pair(
@@ -39,11 +29,6 @@ def pair(
 ) -> tuple[nn.Module, dict[str, Any], torch.nn.Module]:
     """(our model, its variables, PyTorch's model with the same in evaluation mode)."""
     ours = models.build(config.model)
-    torch.manual_seed(0)
-    if name in RELEASED:
-        module, convert = RELEASED[name]
-        theirs = module(ours.config).eval()
-        return ours, convert(arrays(theirs.state_dict()), ours.config), theirs
     size, tokens = config.data.image_size, config.data.max_tokens
     variables = jax.jit(lambda key: init_variables(ours, key, size, tokens))(jax.random.key(0))
     # With running variances of 1, what a hundred layers start with grows beyond comparison.
@@ -68,8 +53,6 @@ def measure(name: str, size: int | None, repeats: int) -> None:
     token_mask = np.arange(count)[None] < 3 * count // 4
     pixels, ids = torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(tokens).long()
     pixels, mask = pixels.contiguous(), torch.from_numpy(token_mask)
-    if name in RELEASED:
-        mask = mask.float()
     forward = jax.jit(lambda *arrays: ours.apply(*arrays)["logits"])
 
     def theirs_logits() -> torch.Tensor:

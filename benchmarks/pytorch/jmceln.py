@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.pytorch.clip import ClipText, ClipVision, ConvNorm
-from benchmarks.pytorch.layers import MultiHeadAttention, resize, to_map
+from benchmarks.pytorch.layers import MultiHeadAttention, from_windows, resize, to_map, to_windows
 from benchmarks.pytorch.swin_bert import WindowAttention
 from refseg_jax.models.jmceln import JMCELNConfig
 from refseg_jax.models.layers.norms import EPSILON
-from tests.golden.torch_encoders import from_windows, to_windows
 
 
 def flat(x: Tensor) -> Tensor:

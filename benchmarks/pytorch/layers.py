@@ -167,6 +167,19 @@ class DecoderLayer(nn.Module):
         return self.self_attention(asking, asking, x)
 
 
+def to_windows(x: Tensor, window: int) -> Tensor:
+    """[B,h,w,C] -> [B * windows, window², C]."""
+    B, h, w, C = x.shape
+    x = x.view(B, h // window, window, w // window, window, C).transpose(2, 3)
+    return x.reshape(-1, window * window, C)
+
+
+def from_windows(x: Tensor, window: int, h: int, w: int) -> Tensor:
+    """The inverse: [B * windows, window², C] -> [B,h,w,C]."""
+    x = x.view(-1, h // window, w // window, window, window, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, h, w, x.shape[-1])
+
+
 def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """[B,h*w,C] -> [B,C,h,w], a view in the channels-last format."""
     return x.unflatten(1, size).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.pytorch.layers import attend, constant
+from benchmarks.pytorch.layers import attend, constant, from_windows, to_windows
 from refseg_jax.models.encoders.bert import BertConfig
 from refseg_jax.models.encoders.swin import SwinConfig
 
@@ -88,7 +88,7 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, h, w, C = x.shape
+        h, w = x.shape[1:3]
         win, shift = self.window, self.shift
         y = F.pad(self.norm1(x), (0, 0, 0, -w % win, 0, -h % win))
         H, W = y.shape[1:3]
@@ -96,9 +96,7 @@ class SwinBlock(nn.Module):
         if shift:
             mask = constant(shift_mask, H, W, win, device=x.device)
             y = y.roll((-shift, -shift), (1, 2))
-        y = y.view(B, H // win, win, W // win, win, C).transpose(2, 3)
-        y = self.attention(y.reshape(-1, win**2, C), mask)
-        y = y.view(B, H // win, W // win, win, win, C).transpose(2, 3).reshape(B, H, W, C)
+        y = from_windows(self.attention(to_windows(y, win), mask), win, H, W)
         if shift:
             y = y.roll((shift, shift), (1, 2))
         x = x + self.drop_path(y[:, :h, :w])

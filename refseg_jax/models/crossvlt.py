@@ -44,11 +44,7 @@ BACKBONES = {"swin": Swin, "resnet": ResNet}
 class CrossVLTConfig:
     """Defaults are those of the released code. Stages are counted from 1, as in the paper."""
 
-    # Or "resnet": table I. Open: between its stages there is no patch merging, so that eq. 3-4 are
-    # of a stage's own output, before the stride of the next.
-    backbone: str = "swin"
     swin: SwinConfig = SwinConfig()
-    resnet: ResNetConfig = ResNetConfig()
     bert: BertConfig = BertConfig(layers=6)  # Its layers are those of language stage 1.
     language_depths: tuple[int, ...] = (2, 2, 2)  # Of stages 2-4, fusion layer included (table IV).
     fusion_stages: tuple[int, ...] = (1, 2, 3, 4)  # Table III (a).
@@ -63,6 +59,10 @@ class CrossVLTConfig:
     class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground; eq. 8 has (1, 1).
     task_weight: float = 2.0
     align_weight: float = 1.0  # Eq. 9's lambda, where the task's weight is 1; not in the paper.
+    # Or "resnet": table I. Open: between its stages there is no patch merging, so that eq. 3-4 are
+    # of a stage's own output, before the stride of the next.
+    backbone: str = "swin"
+    resnet: ResNetConfig = ResNetConfig()
 
     def __post_init__(self):
         for name, choices in (

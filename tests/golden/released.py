@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import traverse_util
 from safetensors.numpy import load_file
 
@@ -166,14 +165,6 @@ def check_logits(outputs: Mapping[str, jax.Array], expected: np.ndarray) -> None
     assert relative_error(outputs["class_logits"].transpose(0, 3, 1, 2), expected) < TOLERANCE
     difference = expected[:, 1] - expected[:, 0]
     assert relative_error(outputs["logits"], difference) < TOLERANCE
-
-
-def run_pytorch(case: Case, model: torch.nn.Module, suffix: str = "") -> Any:
-    """Outputs of our PyTorch reading of the model, with the released weights."""
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in case.state.items()})
-    image, tokens, token_mask = (torch.from_numpy(array) for array in case.inputs(suffix))
-    with torch.inference_mode():
-        return model.eval()(image.permute(0, 3, 1, 2), tokens.long(), token_mask.float())
 
 
 def train_step(case: Case) -> tuple[float, dict[str, jax.Array], dict[str, Any], dict[str, Any]]:

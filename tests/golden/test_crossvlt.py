@@ -8,7 +8,7 @@ import pytest
 from configs import crossvlt
 from refseg_jax.models.crossvlt import CrossVLT, CrossVLTConfig
 from refseg_jax.weights.released import CROSSVLT_TABLE, crossvlt_from_released
-from tests.golden import released, torch_early_fusion
+from tests.golden import released
 
 FEATURES = {
     r"v(\d)\.fuse1": "fusions_{i}",
@@ -63,18 +63,6 @@ def test_odd_size(case):
     released.check_logits(outputs, expected.pop("logits"))
     del expected["l1.ext_mask"]
     released.check_features(expected, captured, FEATURES)
-
-
-def test_pytorch_reading(case):
-    model = torch_early_fusion.CrossVLT(case.model.config)
-    for suffix, file in (("", "eval_outputs"), ("_odd", "eval_odd_size")):
-        expected = case.arrays(file)
-        logits, similarities = released.run_pytorch(case, model, suffix)
-        assert released.relative_error(logits, expected["logits"]) < released.TOLERANCE
-        for i, similarity in enumerate(similarities, 1):
-            if f"sim{i}" in expected:
-                error = released.relative_error(similarity, expected[f"sim{i}"][:, 0])
-                assert error < released.TOLERANCE, i
 
 
 def test_training(case):
