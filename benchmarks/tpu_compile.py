@@ -7,10 +7,12 @@ Needs `libtpu`, of the version that jax[tpu] names. A level is how hard the comp
 takes a small part of the minutes of "default, -0.3", to a slow program, of which no cycles are
 given. Where none is named it is the latter for one host of v5e, and "O0" elsewhere.
 
-A JSON line per config, topology and step, with "error" where it does not compile (the exit status
-is then 1). With --update they also replace their like in docs/scale.jsonl, of which docs/scale.md
-has its tables; what is there already, of the same program, compiler and level, is left alone. All
-of it is the compiler's estimate, and nothing a measurement:
+A JSON line per config, topology and step, of 8 rows per chip or --batch, with "error" where it does
+not compile (the exit status is then 1). Without --batch there are more of the train steps for one
+host of v5e, at "O0": of the most rows, a power of two, with which it fits, and of twice as many.
+With --update they also replace their like in docs/scale.jsonl, of which docs/scale.md has its
+tables; what is there already, of the same program, compiler and level, is left alone. All of it is
+the compiler's estimate, and nothing a measurement:
 
 - peak_gib: memory that one chip needs, and `fits`, in what it has;
 - tflops, gbytes: work of one chip as the compiler counts it, and bytes that its operations read and
@@ -81,7 +83,9 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 # with much less, the operations are others.
 HARDEST = "default, -0.3"
 LEVELS = {"O0": ("O0", 0.0), HARDEST: ("UNKNOWN", -0.3)}
-ESTIMATED = ("v5e:2x2",)  # Of these the record has cycles, for which it takes the higher level.
+ROWS = 8  # Per chip.
+# Of these the record has cycles, for which it takes the higher level, and the most rows that fit.
+ESTIMATED = ("v5e:2x2",)
 # What of a row is known before it is compiled, and decides what comes out.
 IDENTITY = ("program", "options", "libtpu")
 BITS = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
@@ -324,13 +328,18 @@ def share_of_peak(row: dict[str, Any]) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of such rows: what each step takes on each topology, and its worst operations."""
+    """Markdown of such rows: what each step takes on each topology, and its worst operations.
+
+    And of train steps the most rows per chip that fit, of those that were compiled.
+    """
     lines = [
         "| config | step | topology | rows per chip | level | fits | GiB | TFLOP (model's own) | "
         "GB | collectives (MiB) | Mcycles | share of peak |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        if row["batch_per_chip"] != ROWS and "mcycles" not in row:
+            continue
         collectives = ", ".join(
             f"{kind['count']} {name} ({kind['mib']})"
             for name, kind in row.get("collectives", {}).items()
@@ -345,8 +354,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines += ["|---|---|---|---|"]
     for row in rows:
         worst = "<br>".join(f"{n:.1%} `{name}`" for name, n in row.get("worst", {}).items())
-        if worst:
+        if worst and row["batch_per_chip"] == ROWS:
             lines.append(f"| {row['config']} | {row['step']} | {row['topology']} | {worst} |")
+    lines += ["", "| config | topology | most rows per chip | GiB | twice as many need |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, topology in itertools.product(CONFIGS, ESTIMATED):
+        of = name, STEPS.index("train"), topology
+        sizes = {row["batch_per_chip"]: row for row in rows if key(row)[:3] == of}
+        most = max(batch for batch, row in sizes.items() if row["fits"])
+        twice = sizes[2 * most]["peak_gib"] if 2 * most in sizes else ""
+        cells = name, topology, most, sizes[most]["peak_gib"], twice
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -399,6 +417,48 @@ def topologies_among(text: str) -> list[str]:
     return names
 
 
+def make_row(
+    flags: argparse.Namespace, name: str, step: str, topology: str, batch: int, level: str
+) -> dict[str, Any] | None:
+    """The row of a step, which is printed, recorded and written down as `flags` say.
+
+    None: it does not compile.
+    """
+    row, lowered = trace(name, step, topology, batch, flags.dtype)
+    recorded = read_record().get(key(row)) if flags.update else None
+    # Who tried harder knows the rest, too.
+    if recorded and is_known(row, recorded) and recorded["level"] in (level, HARDEST):
+        row = recorded | row  # The model's own work may be counted otherwise by now.
+        if "mcycles" in row:
+            row["share_of_peak"] = share_of_peak(row)
+        update([row])
+        print(f"{name} {step} {topology} {batch}: known", file=sys.stderr)
+        return row
+    try:
+        row, text = estimate(row, lowered, level)
+    except jax.errors.JaxRuntimeError as e:
+        print(json.dumps(row | {"error": " ".join(str(e).split())[:300]}), flush=True)
+        return None
+    print(json.dumps(row), flush=True)
+    if flags.update:
+        update([row])
+    if flags.hlo:
+        flags.hlo.mkdir(parents=True, exist_ok=True)
+        file = f"{name}_{step}_{topology.replace(':', '_')}_{batch}.txt"
+        (flags.hlo / file).write_text(text)
+    return row
+
+
+def larger_batches(row: dict[str, Any]) -> Iterator[int]:
+    """Rows per chip, each twice the last, to look for the most that fit where those of `row` do.
+
+    The first fit even if the memory grew as the rows do, unless they are but twice `row`'s.
+    """
+    room = CHIPS[row["topology"].partition(":")[0]].gib / row["peak_gib"]
+    doublings = max(1, math.floor(math.log2(room)))
+    return (row["batch_per_chip"] << n for n in itertools.count(doublings))
+
+
 def main() -> int:
     """Returns the exit status."""
     summary, _, details = __doc__.partition("\n\n")
@@ -409,7 +469,7 @@ def main() -> int:
     parser.add_argument("--topology", type=topologies_among, default=EVERYWHERE)
     parser.add_argument("--step", type=names_among(STEPS), default=STEPS)
     parser.add_argument("--level", choices=LEVELS)
-    parser.add_argument("--batch", type=positive, default=8, help="rows per chip")
+    parser.add_argument("--batch", type=positive, help="rows per chip")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")
     parser.add_argument("--update", action="store_true", help="docs/scale.md and its .jsonl")
@@ -421,29 +481,13 @@ def main() -> int:
     failed = False
     for topology, name, step in itertools.product(flags.topology, flags.config, flags.step):
         level = flags.level or (HARDEST if topology in ESTIMATED else "O0")
-        row, lowered = trace(name, step, topology, flags.batch, flags.dtype)
-        recorded = read_record().get(key(row)) if flags.update else None
-        # Who tried harder knows the rest, too.
-        if recorded and is_known(row, recorded) and recorded["level"] in (level, HARDEST):
-            row = recorded | row  # The model's own work may be counted otherwise by now.
-            if "mcycles" in row:
-                row["share_of_peak"] = share_of_peak(row)
-            update([row])
-            print(f"{name} {step} {topology}: known", file=sys.stderr)
-            continue
-        try:
-            row, text = estimate(row, lowered, level)
-        except jax.errors.JaxRuntimeError as e:
-            failed = True
-            print(json.dumps(row | {"error": " ".join(str(e).split())[:300]}), flush=True)
-            continue
-        print(json.dumps(row), flush=True)
-        if flags.update:
-            update([row])
-        if flags.hlo:
-            flags.hlo.mkdir(parents=True, exist_ok=True)
-            file = f"{name}_{step}_{topology.replace(':', '_')}.txt"
-            (flags.hlo / file).write_text(text)
+        row = make_row(flags, name, step, topology, flags.batch or ROWS, level)
+        if not flags.batch and step == "train" and topology in ESTIMATED and row and row["fits"]:
+            for batch in larger_batches(row):
+                row = make_row(flags, name, step, topology, batch, "O0")
+                if not row or not row["fits"]:
+                    break
+        failed |= row is None
     return int(failed)
 
 

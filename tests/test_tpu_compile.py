@@ -459,6 +459,29 @@ def test_another_program_or_compiler_is_compiled(recorded, what, monkeypatch, ca
     assert errors == ["INTERNAL: no room"] * 2
 
 
+def test_the_most_rows_that_fit_are_looked_for(recorded, monkeypatch):
+    recorded["program"] = "another"
+    tried = []
+
+    def estimate(row, lowered, level):
+        peak = 3 + row["batch_per_chip"] / 4
+        tried.append((row["batch_per_chip"], level))
+        return row | {"level": level, "peak_gib": peak, "fits": peak < 16}, ""
+
+    monkeypatch.setattr(tpu_compile, "estimate", estimate)
+    assert run_update(monkeypatch, "--step", "train") == 0
+    assert tried == [(8, "default, -0.3"), (16, "O0"), (32, "O0"), (64, "O0")]
+    page = (tpu_compile.DOCS / "scale.md").read_text()
+    assert "| cris | v5e:2x2 | 32 | 11.0 | 19.0 |" in page
+    assert "| cris | train | v5e:2x2 | 32 |" not in page
+    # If 8 rows need 3.5 of 16 GiB 32 fit anyway; beside a number nothing is looked for.
+    row = {"topology": "v5e:2x2", "batch_per_chip": 8, "peak_gib": 3.5}
+    assert next(tpu_compile.larger_batches(row)) == 32
+    tried.clear()
+    assert run_update(monkeypatch, "--step", "train", "--batch", "24", "--level", "O0") == 0
+    assert tried == [(24, "O0")]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
