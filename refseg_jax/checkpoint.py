@@ -22,8 +22,6 @@ from refseg_jax.sharding import path_name
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 DATA_FILE = "data.json"
-# Orbax warns of each that is otherwise.
-READ_ONLY = dict(read_only=True, create=False, save_interval_steps=0)
 
 
 class Checkpoints:
@@ -222,5 +220,5 @@ def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables
     )
     # It may lie where nothing can be written.
-    with contextlib.closing(_manager(workdir, "best", **READ_ONLY)) as best:
+    with contextlib.closing(_manager(workdir, "best", create=False)) as best:
         return _restore(best, abstract, best.best_step())
