@@ -22,7 +22,7 @@ def open_sources(config: Any, splits: Iterable[str]) -> dict[str, Source]:
         return {s: ShapesSource(s, num_scenes=scenes.get(s), size=size) for s in splits}
     from refseg_jax.data import sets
 
-    text_field = config.get("text_field", "raw")  # A run of before it has none.
+    text_field = config.get("text_field", "raw")  # Runs of earlier versions have none.
     if config.dataset == sets.MERGED:
         return {s: sets.open_merged(config.root, config.merged, s, text_field) for s in splits}
     name = sets.set_name(config.dataset, config.split_by)
