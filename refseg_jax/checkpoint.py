@@ -116,8 +116,11 @@ def _restore(manager: ocp.CheckpointManager, abstract: Any, step: int | None = N
         )
     try:
         return manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"checkpoint {where} is damaged: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # Orbax raises almost anything of a file that is cut off.
+        reason = str(e.__cause__ or e).splitlines()[0]
+        raise UserError(
+            f"checkpoint {where} is damaged, delete it ({type(e).__name__}: {reason:.300})"
+        ) from e
 
 
 def _differences(saved: Any, abstract: Any) -> list[str]:
@@ -196,16 +199,17 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
         path.write_text(json.dumps(found) + "\n")
 
 
-def any_saved(workdir: str, kind: str = "*") -> bool:
-    """Whether the run in `workdir` has a checkpoint, "last" or "best" or of either kind."""
-    steps = (epath.Path(workdir) / "checkpoints").glob(f"{kind}/*")
-    return any(step.name.isdigit() for step in steps)  # Not what a kill left half-written.
+def saved_steps(workdir: str, kind: str = "*") -> list[int]:
+    """Steps of the run in `workdir` that have a checkpoint, "last" or "best" or of either kind."""
+    folders = (epath.Path(workdir) / "checkpoints").glob(f"{kind}/*")
+    # Not what a kill left half-written.
+    return [int(folder.name) for folder in folders if folder.name.isdigit()]
 
 
 def check_trained(workdir: str) -> None:
     """Raises a UserError where `workdir` is no run, or has no best checkpoint yet."""
     read_config(workdir)
-    if not any_saved(workdir, "best"):
+    if not saved_steps(workdir, "best"):
         raise UserError(f"{workdir} has no best checkpoint yet: train until the first evaluation")
 
 

@@ -13,6 +13,8 @@ UNUSABLE = (
     errno.ENAMETOOLONG,
 )
 
+INTERRUPTED = 130  # Exit status, as a shell has it, of what SIGINT ended.
+
 
 class UserError(Exception):
     """Bad input: the message says what was wrong, where, and what to do about it.
@@ -46,7 +48,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return 2
         except KeyboardInterrupt:
             say("stopped")
-            return 130  # As a shell says of what SIGINT ended.
+            return INTERRUPTED
 
     return checked
 

@@ -11,7 +11,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from refseg_jax.errors import UserError, bucket_errors, fail
+from refseg_jax.errors import INTERRUPTED, UserError, bucket_errors, fail, say
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/, with `:variant` if wanted.")
 flags.DEFINE_string("workdir", None, "The run's directory (default: runs/ and the config's name).")
@@ -110,6 +110,9 @@ def main(_: list[str]) -> None:
             peers.fail(str(e))
         fail(str(e))
     except (Exception, KeyboardInterrupt) as e:
+        if isinstance(e, KeyboardInterrupt) and not peers:
+            say("stopped")
+            sys.exit(INTERRUPTED)
         if peers:
             if not peers.ending:  # Else it is what the end of another did to this one.
                 traceback.print_exc()

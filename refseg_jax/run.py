@@ -30,6 +30,12 @@ FREE_FIELDS = (
     "data.root", "data.workers", "data.threads", "data.eval_splits", "data.text_field",
 )  # fmt: skip
 
+# And what no score depends on.
+FREE_IN_EVALUATION = (
+    "train.", "optim.", "init.", "seed", "data.sampling", "data.train_split",
+    "data.shapes_scenes.train",
+)  # fmt: skip
+
 # Of how many examples of each case the report shows how the mask came about.
 EXPLAINED = {"best": 2, "middle": 2}
 
@@ -54,7 +60,7 @@ def _run(
 ) -> dict[str, Any]:
     if mode == "evaluate":
         checkpoint.check_trained(workdir)  # Else `prepare` would make it a run of this config.
-        tokenizer = prepare(config, workdir)
+        tokenizer = prepare(config, workdir, FREE_FIELDS + FREE_IN_EVALUATION)
         with ending_on_sigterm():
             return evaluate_run(config, tokenizer, workdir)
     with _sole(workdir):
@@ -82,8 +88,12 @@ def _sole(workdir: str) -> Iterator[None]:
         yield
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
+def prepare(
+    config: ml_collections.ConfigDict, workdir: str, free: tuple[str, ...] = FREE_FIELDS
+) -> Tokenizer:
     """Makes `workdir` the directory of this run, or checks that it already is.
+
+    Fields that begin with one of `free` may differ.
 
     Fills in what depends on the tokeniser, and writes it and the config beside the checkpoints.
 
@@ -92,11 +102,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Tokenizer:
     """
     root = epath.Path(workdir)
     # Without a checkpoint there is nothing that another config could spoil: a first attempt failed.
-    started = (root / checkpoint.CONFIG_FILE).exists() and checkpoint.any_saved(workdir)
+    started = (root / checkpoint.CONFIG_FILE).exists() and bool(checkpoint.saved_steps(workdir))
     tokenizer_path = root / checkpoint.TOKENIZER_FILE
     tokenizer = fit_tokenizer(config, str(tokenizer_path) if started else config.data.tokenizer)
     if started:
-        changed = _changed_fields(checkpoint.read_config(workdir), config)
+        changed = _changed_fields(checkpoint.read_config(workdir), config, free)
         if changed:
             raise UserError(
                 f"{workdir} holds a run with another config ({', '.join(changed[:8])}): "
@@ -135,8 +145,8 @@ def fit_tokenizer(config: ml_collections.ConfigDict, source: str) -> Tokenizer:
     return tokenizer
 
 
-def _changed_fields(old: Any, new: Any) -> list[str]:
-    """Dotted names of the fields that differ, as JSON sees them."""
+def _changed_fields(old: Any, new: Any, free: tuple[str, ...]) -> list[str]:
+    """The fields that differ, as JSON sees them, but for `free` ones; the model's name first."""
 
     def flatten(tree, prefix=""):
         if not isinstance(tree, dict):
@@ -148,8 +158,8 @@ def _changed_fields(old: Any, new: Any) -> list[str]:
     old, new = (flatten(json.loads(c.to_json_best_effort())) for c in (old, new))
     return [
         f"{name}: {old.get(name)} there, {new.get(name)} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(FREE_FIELDS)
+        for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.name", name))
+        if old.get(name) != new.get(name) and not name.startswith(free)
     ]
 
 
@@ -158,7 +168,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Scores the best checkpoint on every evaluation split; writes the table, JSON and report.
 
-    Returns what the summary says of it: {split}/mIoU and {split}/oIoU of each split,
+    Returns what the summary says of it: best_step, {split}/mIoU and {split}/oIoU of each split,
     {split}/mIoU_shuffled of select_split and val (the control: the same model, each image given
     another one's expression; left out where one ref has more than half of them), report. Where
     expressions may fit nothing it is gIoU, cIoU, N-acc and T-acc.
@@ -195,12 +205,13 @@ def evaluate_run(
     shuffled = {f"{split} (shuffled expressions)": control for split, control in controls.items()}
     everything = {**results, **shuffled}
     report = epath.Path(workdir) / "report.html"
+    step = max(checkpoint.saved_steps(workdir, "best"), default=0)
     if jax.process_index() == 0:
         print(evaluate.format_table(everything))
-        evaluate.write_json(epath.Path(workdir) / "results.json", everything)
+        evaluate.write_json(epath.Path(workdir) / "results.json", everything, step=step)
         write_report(
             report,
-            title=f"{config.model.name} on {config.data.dataset}",
+            title=f"{config.model.name} on {config.data.dataset}, step {step}",
             config_text=str(config),
             results=everything,
             curves=read_metrics(workdir),
@@ -218,7 +229,7 @@ def evaluate_run(
                 config.data.letterbox,
             ),
         )
-    summary = {}
+    summary = {"best_step": step}
     for split, result in results.items():
         summary |= {f"{split}/{name}": round(v, 4) for name, v in result.headline.items()}
     for split, control in controls.items():

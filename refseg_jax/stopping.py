@@ -1,6 +1,7 @@
 """What SIGTERM and Ctrl-C do: training saves before it leaves, everything else ends together."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -37,10 +38,12 @@ class StopRequest:
 
     def _note(self, number, _):
         self._restore()  # A second signal is not caught.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: ends after this step, saved; once more ends it now\n".encode())
         if self._several:
             signal.raise_signal(signal.SIGTERM)
         else:
-            self.signal = signal.Signals(number).name
+            self.signal = name
 
     def _restore(self):
         for number, handler in self._previous.items():

@@ -393,6 +393,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     for step, batch in enumerate(batches, start + 1):
         batch = to_device(batch, trainer.mesh)
         if first.seconds is None:
+            writer.say("compiling the train step, unless it has been compiled before")
             trainer.step_fn.lower(state, batch).compile()
             meet()
         state, scalars = trainer.step_fn(state, batch)

@@ -40,9 +40,9 @@ def test_a_run_begins_in_a_bucket_and_is_found_again(bucket):
     assert json.loads(checkpoint.read_config(bucket).to_json()) == json.loads(config.to_json())
     again = load_tokenizer(f"{bucket}/{checkpoint.TOKENIZER_FILE}")
     assert again.tokens("second circle") == tokenizer.tokens("second circle")
-    assert not checkpoint.any_saved(bucket)
+    assert not checkpoint.saved_steps(bucket)
     (epath.Path(bucket) / "checkpoints" / "last" / "5").mkdir(parents=True)
-    assert checkpoint.any_saved(bucket)
+    assert checkpoint.saved_steps(bucket)
 
 
 def test_checkpoints_of_a_bucket_go_there(bucket, monkeypatch):

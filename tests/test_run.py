@@ -101,6 +101,33 @@ def test_to_read_a_checkpoint_writes_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_checkpoint_that_is_cut_off_is_one_line(tmp_path):
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save_best(3, {"x": jnp.arange(1000.0)}, 0.5)
+    checkpoint.write_config(tmp_path, tiny.config())
+    best = tmp_path / "checkpoints" / "best" / "3"
+    largest = max((p for p in best.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(UserError, match="best/3 is damaged, delete it") as error:
+        checkpoint.load_variables(str(tmp_path), {"x": jnp.zeros(1000)}, sharding)
+    assert len(str(error.value)) < 600
+
+
+def test_an_evaluation_needs_no_field_of_training(tmp_path):
+    workdir = str(tmp_path / "run")
+    run.prepare(tiny.config(), workdir)
+    (tmp_path / "run" / "checkpoints" / "best" / "3").mkdir(parents=True)
+    other = tiny.config(train__steps=9, optim__lr=1.0)
+    free = run.FREE_FIELDS + run.FREE_IN_EVALUATION
+    run.prepare(other, workdir, free)
+    with pytest.raises(UserError, match=r"optim.lr: 0.0005 there, 1.0 now, train.steps"):
+        run.prepare(other, workdir)
+    other.model.update(dim=32, name="another")
+    with pytest.raises(UserError, match=r"another config \(model.name: alignformer there"):
+        run.prepare(other, workdir, free)
+
+
 def test_a_workdir_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
