@@ -361,7 +361,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name, topology in itertools.product(CONFIGS, ESTIMATED):
         of = name, STEPS.index("train"), topology
         sizes = {row["batch_per_chip"]: row for row in rows if key(row)[:3] == of}
-        most = max(batch for batch, row in sizes.items() if row["fits"])
+        most = max((batch for batch, row in sizes.items() if row["fits"]), default=None)
+        if most is None:  # The first table says what it needs.
+            continue
         twice = sizes[2 * most]["peak_gib"] if 2 * most in sizes else ""
         cells = name, topology, most, sizes[most]["peak_gib"], twice
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -110,13 +110,13 @@ def main(_: list[str]) -> None:
             peers.fail(str(e))
         fail(str(e))
     except (Exception, KeyboardInterrupt) as e:
-        if isinstance(e, KeyboardInterrupt) and not peers:
-            say("stopped")
-            sys.exit(INTERRUPTED)
         if peers:
             if not peers.ending:  # Else it is what the end of another did to this one.
                 traceback.print_exc()
             peers.fail(f"{type(e).__name__}: {e}", status=1)
+        if isinstance(e, KeyboardInterrupt):
+            say("stopped")
+            sys.exit(INTERRUPTED)
         raise
     if jax.process_index() == 0:
         summary["seconds"] = round(time.time() - begun, 1)

@@ -61,6 +61,9 @@ def _run(
     if mode == "evaluate":
         checkpoint.check_trained(workdir)  # Else `prepare` would make it a run of this config.
         tokenizer = prepare(config, workdir, FREE_FIELDS + FREE_IN_EVALUATION)
+        trained = checkpoint.read_config(workdir)
+        for section in ("train", "optim", "init"):  # The report shows what the run was made with.
+            config[section] = trained[section]
         with ending_on_sigterm():
             return evaluate_run(config, tokenizer, workdir)
     with _sole(workdir):

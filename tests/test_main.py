@@ -91,9 +91,11 @@ def test_a_whole_run_and_evaluating_it_again(tmp_path):
     assert results["val"]["by_kind"]
     assert (workdir / "tensorboard").is_dir()
 
-    again = main(*arguments, "--mode", "evaluate", "--config.eval.protocol=input")
+    changes = "--config.eval.protocol=input", "--config.train.steps=7654"
+    again = main(*arguments, "--mode", "evaluate", *changes)
     assert again.returncode == 0 and "WARNING" not in again.stderr, again.stderr
     assert "steps" not in json.loads(again.stdout.splitlines()[-1])
+    assert "7654" not in pathlib.Path(summary["report"]).read_text()
     assert (
         json.loads((workdir / "results.json").read_text())["results"]["val"]["protocol"] == "input"
     )

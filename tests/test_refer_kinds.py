@@ -1,6 +1,7 @@
 """What not every dataset of the `refer` layout has: several targets or none, other images, gaps."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests import preparing
 from tests.test_refer import HEIGHT, WIDTH, box_mask, load, small_set, write
 
 
-def test_several_targets_or_none(tmp_path, caplog):
+def test_several_targets_or_none(tmp_path, caplog, capsys):
     """gRefCOCO: the mask is the union of all targets, and empty where there is none."""
     refs, instances = small_set()
     instances["annotations"][1]["category_id"] = 2
@@ -41,7 +42,12 @@ def test_several_targets_or_none(tmp_path, caplog):
     (folder / "grefs(unc).json").write_text(json.dumps(refs))
     shorter = load(tmp_path)
     assert [shorter[i] for i in range(len(shorter))] == [source[0], source[1]]
-    assert "mine (unc) train: 1 refs without sentences are left out" in caplog.text
+    assert "grefs(unc).json: 1 refs without sentences are left out" in caplog.text
+    shutil.rmtree(tmp_path / "out")
+    assert preparing.run(
+        "refer", "--root", tmp_path, "--dataset", "mine", "--out", tmp_path / "out", "--workers", 1
+    ) == 0  # fmt: skip
+    assert "1 refs without sentences are left out\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ann_id", [[], ["1"], [[100]], [True], [100, -1]])

@@ -44,6 +44,8 @@ MERGED_SETS = ("refcoco_unc", "refcoco+_unc", "refcocog_umd")
 def open_refer(args: argparse.Namespace) -> Plan:
     """A dataset in the `refer` layout."""
     files = refer.ReferFiles(args.root, args.dataset, args.split_by)
+    if files.unspoken:
+        say(files.report())
     sources = {
         split: refer.ReferSource(
             args.root, args.dataset, args.split_by, split,

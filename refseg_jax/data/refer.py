@@ -83,7 +83,7 @@ class ReferFiles:
     Attributes:
       annotation_files: the two files that hold refs and instances.
       splits: the names of the splits, in the order of the file.
-      generalized: it is gRefCOCO's file of refs.
+      unspoken: how many refs of gRefCOCO's file were left out, as they have no sentences.
 
     Raises:
       UserError: a file is missing or unreadable.
@@ -101,18 +101,28 @@ class ReferFiles:
         names = [f"{refs}({split_by}).{end}" for refs in ("refs", "grefs") for end in ("p", "json")]
         instances_path = _existing(folder / "instances.json")
         self.refs_path = _existing(*(folder / name for name in names))
-        self.generalized = self.refs_path.name.startswith("grefs(")
         candidates = _IMAGE_FOLDERS.get(dataset, _COCO_FOLDERS)
         self.image_folder = _existing(*(pathlib.Path(root) / name for name in candidates))
         self.annotation_files = (self.refs_path, instances_path)
         self._entries = collections.defaultdict(list)
+        generalized = self.refs_path.name.startswith("grefs(")
+        self.unspoken = 0
         for entry in annotations.read_records(self.refs_path, _REF_FIELDS):
-            self._entries[entry["split"]].append(entry)
+            if generalized and not entry["sentences"]:
+                self.unspoken += 1
+            else:
+                self._entries[entry["split"]].append(entry)
+        if self.unspoken:
+            logging.warning("%s: %s", self.refs_path, self.report())
         self.splits = tuple(self._entries)
         if not self.splits:
             raise UserError(f"{self.refs_path} has no refs at all: fetch it again")
         self.tables = annotations.instance_tables(instances_path, repeated)
         self.image_names = _files_below(self.image_folder)
+
+    def report(self) -> str:
+        """One line on what has been left out."""
+        return f"{self.unspoken} refs without sentences are left out"
 
     def entries(self, split: str) -> list[dict]:
         """The refs of one split as they stand in the file. UserError: there is no such split."""
@@ -168,14 +178,6 @@ class ReferSource(RefList):
         self._parts: dict[int, list] = {}
         refs, faults = [], []
         entries = files.entries(split)
-        if files.generalized:
-            spoken = [entry for entry in entries if entry["sentences"]]
-            if len(spoken) < len(entries):
-                logging.warning(
-                    "%s (%s) %s: %d refs without sentences are left out",
-                    *(dataset, files.split_by, split, len(entries) - len(spoken)),
-                )
-            entries = spoken
         for entry in entries:
             image_id = entry["image_id"]
             try:
