@@ -286,7 +286,17 @@ def test_annotations_may_be_mended_before_the_end(spoiled, raw, whole, tmp_path,
     assert preparing.run(*arguments, "--images_per_shard", 1) == 2
     assert "mend them and run this again" in capsys.readouterr().err
     assert len(list(out.glob("*.array_record"))) > 3
-    # Another plan: it begins anew, and what the last one wrote is gone.
+    # Another plan: it begins anew, and what the last one wrote is gone. Of what was not refused,
+    # but ended some other way, nothing is deleted.
+    plan = out / "plan.json"
+    refused = plan.read_text()
+    plan.write_text(json.dumps({**json.loads(refused), "refused": False}))
+    before = preparing.contents(out)
+    assert prepare_shapes(spoiled, out) == 2
+    assert "holds another preparation" in capsys.readouterr().err
+    assert preparing.contents(out) == before
+    plan.write_text(refused)
+    (out / "index.array_record").touch()
     shutil.copytree(raw, spoiled, dirs_exist_ok=True)
     assert prepare_shapes(spoiled, out) == 0
     assert preparing.contents(out) == whole

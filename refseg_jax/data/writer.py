@@ -120,7 +120,7 @@ def write(plan: Plan, out: str | os.PathLike[str], workers: int = 1) -> dict[str
         with locked(out, "preparation"):
             states = _adopt(plan, out)
             states = list(_shards(plan, out, states, workers))
-            _refuse_faults(plan, states)
+            _refuse_faults(plan, out, states)
             return _finish(plan, out, states)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from error
@@ -140,8 +140,9 @@ def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
     if known is None and len(parts) < len(list(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no preparation: give another --out")
     if known is not None and known.get("plan") != digest:
-        if not manifest.exists() and known.get("dataset") == plan.dataset:
-            _begin_anew(out)  # It was not finished, and what was wrong may have been mended.
+        same = known.get("dataset") == plan.dataset and known.get("split_by") == plan.split_by
+        if same and known.get("refused"):  # What was wrong has been mended, it seems.
+            _begin_anew(out)
             return _adopt(plan, out)
         raise UserError(
             f"{out} holds another preparation, of {known.get('dataset')!r}, or of other "
@@ -151,7 +152,8 @@ def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
         path.unlink()
     states = (known or {}).get("shards", [])
     if not begun.exists():
-        write_json(begun, {"plan": digest, "dataset": plan.dataset, "shards": states})
+        of = {"dataset": plan.dataset, "split_by": plan.split_by}
+        write_json(begun, {"plan": digest, **of, "shards": states})
     manifest.unlink(missing_ok=True)  # Not to be believed until all is verified.
     asides = [out / f"{plan.file(k)}.json" for k in range(len(plan.shards))]
     states = [*states, *(read_json(aside) for aside in asides if aside.exists())]
@@ -160,9 +162,10 @@ def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
 
 
 def _begin_anew(out: pathlib.Path) -> None:
-    """Deletes a preparation that was not finished."""
+    """Deletes a preparation that was refused for its faults."""
     for path in out.glob("images-*-of-*.array_record*"):
         path.unlink()
+    (out / INDEX).unlink(missing_ok=True)
     (out / PLAN).unlink()
 
 
@@ -303,9 +306,11 @@ def _record(plan: Plan, image: ImageFile) -> tuple[bytes | None, list[list]]:
     return pack({**record, "image": picture, "refs": entries}), faults
 
 
-def _refuse_faults(plan: Plan, states: list[ShardState]) -> None:
+def _refuse_faults(plan: Plan, out: pathlib.Path, states: list[ShardState]) -> None:
     faults = [_fault(plan, *fault) for state in states for fault in state["left_out"]]
     if faults and not plan.partial:
+        # Once annotations or masks are mended it is another plan, which may take this one's place.
+        write_json(out / PLAN, {**read_json(out / PLAN), "refused": True})
         raise UserError(
             f"{len(faults)} refs cannot be prepared: {'; '.join(faults[:_FAULTS_SHOWN])}"
             f"{'; ...' * (len(faults) > _FAULTS_SHOWN)} (mend them and run this again, or leave "
