@@ -8,8 +8,8 @@ A JSON line per model and different attention, in bfloat16: what it is ("attenti
 it, and of forward and backward pass
 
 - ours_ms: in the operations that the model uses;
-- cudnn_ms: in cuDNN's kernels, Swin's shift regions and position biases as one bias; or "error",
-  what cuDNN or JAX say where they do not take it;
+- cudnn_ms: in cuDNN's kernels, of Swin as with `swin.cudnn`; or "error", what cuDNN or JAX say
+  where they do not take it;
 - ours/cudnn: the ratio of the two.
 
 Not among them are attentions whose weights are dropped in training, which JAX does not hand to
@@ -34,9 +34,9 @@ import numpy as np
 from benchmarks.paper import CONFIGS, batch_shapes, paper_config, paper_state, positive
 from refseg_jax.models.encoders import clip, swin
 from refseg_jax.models.layers.attention_kernel import self_attention
-from refseg_jax.models.layers.window_attention import attend
-from refseg_jax.models.layers.window_strip import APART
+from refseg_jax.models.layers.window_attention import attend, attend_in_cudnn
 from refseg_jax.predict import make_predict_step
+from refseg_jax.sharding import jit_on_mesh, make_mesh
 
 
 class Attention(NamedTuple):
@@ -65,32 +65,28 @@ class Attention(NamedTuple):
         return tuple(arrays)
 
     def ours(self, q, k, v, *bias):
-        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
         if self.kind == "windows":
-            return attend(*flat, *bias, self._regions()).reshape(q.shape)
+            return self._in_windows(attend, q, k, v, *bias)
         if self.kind == "cells":
+            flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
             return self_attention(*flat, q.shape[2]).reshape(q.shape)
-        return self._dot_product(q, k, v, None, None)
+        return self._dot_product(q, k, v, None)
 
     def cudnn(self, q, k, v, *bias):
-        whole = None
-        if bias:
-            whole = bias[0][None]
-            if self.regions is not None:
-                regions = jnp.asarray(self._regions())
-                apart = jnp.where(regions[:, :, None] == regions[:, None], 0.0, APART)
-                whole = jnp.tile(whole + apart[:, None], (len(q) // len(apart), 1, 1, 1))
-            whole = whole.astype(q.dtype)
-        return self._dot_product(q, k, v, whole, "cudnn")
+        if self.kind == "windows":
+            return self._in_windows(attend_in_cudnn, q, k, v, *bias)
+        return self._dot_product(q, k, v, "cudnn")
 
-    def _regions(self) -> np.ndarray | None:
-        return None if self.regions is None else np.array(self.regions)
+    def _in_windows(self, attend, q, k, v, bias):
+        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        regions = None if self.regions is None else np.array(self.regions)
+        return attend(*flat, bias, regions).reshape(q.shape)
 
-    def _dot_product(self, q, k, v, bias, implementation):
+    def _dot_product(self, q, k, v, implementation):
         mask = jnp.ones((len(q), 1, 1, self.S), bool) if self.masked else None
         scale = None if self.kind == "attention" else 1.0  # The others' queries come scaled.
         how = dict(scale=scale, is_causal=self.causal, implementation=implementation)
-        return jax.nn.dot_product_attention(q, k, v, bias, mask, **how)
+        return jax.nn.dot_product_attention(q, k, v, None, mask, **how)
 
 
 def attentions_of(name: str, batch: int) -> Counter[Attention]:
@@ -104,7 +100,7 @@ def attentions_of(name: str, batch: int) -> Counter[Attention]:
         found[Attention("attention", q.shape, k.shape[1], mask is not None, is_causal)] += 1
         return q
 
-    def windows(q, k, v, padding, bias, windows):
+    def windows(q, k, v, padding, bias, windows, cudnn):
         heads, n, _ = bias.shape
         queries = len(q) * windows.rows * windows.columns, n, heads, q.shape[2] // heads
         regions = windows.regions()
@@ -130,11 +126,11 @@ def attentions_of(name: str, batch: int) -> Counter[Attention]:
 def milliseconds(function: Callable, arguments: tuple[jax.Array, ...], repeats: int) -> float:
     """Of the forward and the backward pass."""
 
-    @jax.jit
     def both(*arguments):
         y, pull_back = jax.vjp(function, *arguments)
         return pull_back(y)
 
+    both = jit_on_mesh(make_mesh(1, 1), both)
     jax.block_until_ready(both(*arguments))
     times = []
     for _ in range(repeats):

@@ -1,14 +1,15 @@
 """How fast are the train steps at their papers' size on this GPU, against PyTorch on it?
 
-python -m benchmarks.train_step [--model cris lavt] [--side ours eager compile] [--batch 8]
+python -m benchmarks.train_step [--model cris lavt] [--side ours cudnn eager compile] [--batch 8]
                                 [--dtype bfloat16] [--steps 20] [--rounds 2] [--small]
                                 [--xla_flags=--xla_gpu_enable_triton_gemm=false ...]
 
-The others are benchmarks/pytorch under autocast, eager and under torch.compile: the same weights,
-AdamW, parameter groups and noise, but images that are normalised already. Every side has a process
-of its own, and in each round all take turns. Each `--xla_flags`, flags with spaces between, is one
-side more: ours with them, which shows what they are worth. Where there is no GPU they run on the
-CPU, and `--small` shrinks the models. A JSON line per model and side, with "error" if it failed, or
+"cudnn", if asked for, is ours with `swin.cudnn`, of models with a Swin. The others are
+benchmarks/pytorch under autocast, eager and under torch.compile: the same weights, AdamW, parameter
+groups and noise, but images that are normalised already. Every side has a process of its own, and
+in each round all take turns. Each `--xla_flags`, flags with spaces between, is one side more: ours
+with them, which shows what they are worth. Where there is no GPU they run on the CPU, and `--small`
+shrinks the models. A JSON line per model and side, with "error" if it failed, or
 
 - step_s: median over windows of `--steps` steps, and step_s_range their extremes;
 - mfu: model_tflops (products and convolutions of our forward pass, times 3, for every side) over
@@ -185,7 +186,10 @@ def work(name: str, kind: str, flags: argparse.Namespace) -> dict[str, Any]:
       FloatingPointError: the first loss is not finite.
     """
     arguments = name, step_config(name, flags), flags.batch
-    side = ours(*arguments) if kind == "ours" else theirs(*arguments, kind == "compile")
+    if kind == "cudnn":
+        arguments[1].model.swin.cudnn = True
+    mine = kind in ("ours", "cudnn")
+    side = ours(*arguments) if mine else theirs(*arguments, kind == "compile")
     compile_s, loss = timed(side, 1)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the first loss is {float(loss)}")
@@ -268,7 +272,7 @@ def main(argv: list[str]) -> int:
         description=description, epilog=details, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", nargs="+", choices=paper.CONFIGS, default=paper.CONFIGS)
-    parser.add_argument("--side", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--side", nargs="+", choices=(*SIDES, "cudnn"), default=SIDES)
     parser.add_argument("--batch", type=paper.positive, default=8)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--steps", type=paper.positive, default=20, help="per window")
@@ -290,7 +294,8 @@ def main(argv: list[str]) -> int:
         return int("error" in result)
     failed = False
     for name in flags.model:
-        sides = {side: (side, "") for side in flags.side}
+        swin = "swin" in paper.paper_config(name).model
+        sides = {side: (side, "") for side in flags.side if swin or side != "cudnn"}
         sides |= {f"ours {each}": ("ours", each) for each in flags.xla_flags}
         rounds = {side: [] for side in sides}
         with tempfile.TemporaryDirectory() as cache:

@@ -80,6 +80,7 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.model.swin.drop_path = 0.3
     config.model.swin.positions = False  # Sine positions on the patches.
     config.model.swin.remat = False
+    config.model.swin.cudnn = False  # Attention in cuDNN's kernels, on NVIDIA's GPUs.
     config.model.bert = ConfigDict(dict(hidden=768, layers=12, heads=12, intermediate=3072))
     config.model.bert.vocab_size = 0  # 0: the tokenizer's.
     config.model.bert.max_positions = 512

@@ -28,6 +28,7 @@ from refseg_jax.train import evaluation_settings, train
 FREE_FIELDS = (
     "eval.", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "data.root", "data.workers", "data.threads", "data.eval_splits", "data.text_field",
+    "model.swin.cudnn",
 )  # fmt: skip
 
 # And what no score depends on.

@@ -90,6 +90,28 @@ def on_tpus() -> bool:
     return device is not None and device.device_kind.startswith("TPU")
 
 
+def on_gpus() -> bool:
+    """As `on_tpus`, of GPUs.
+
+    For what `platform_dependent` could do as well in a forward pass: in a train step every platform
+    gets what all branches keep for the backward pass.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "gpu"
+
+
+def on_gpus_with_cudnn() -> bool:
+    """Whether these GPUs are what cuDNN's fused attention is made for.
+
+    That is NVIDIA's from compute capability 8 on (Ampere, 2020).
+    """
+    if not on_gpus():
+        return False
+    kind = jax.sharding.get_abstract_mesh().abstract_device.device_kind
+    here = [d for d in jax.local_devices() if d.platform == "gpu"]
+    return kind.startswith("NVIDIA") and all(float(d.compute_capability) >= 8 for d in here)
+
+
 def kernel_places() -> tuple[PartitionSpec, PartitionSpec]:
     """(of samples, of what all have in common) on the mesh in use, for a kernel's `shard_map`.
 

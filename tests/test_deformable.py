@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from refseg_jax.models.layers import deformable
 from refseg_jax.models.layers.deformable import ms_deform_attn
 from refseg_jax.models.layers.deformable_kernel import fits_kernel, sample_in_kernel
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
@@ -41,6 +42,23 @@ def with_gradients(sample, arrays, mesh):
 
 def gathered(shapes):
     return lambda v, *rest: ms_deform_attn(v, shapes, *rest, form="gather")
+
+
+def test_form_for_gpus(monkeypatch):
+    """In float32 it is equal; what values in bfloat16 get from many queries adds up in float32."""
+    mesh, (value, *rest) = make_mesh(1, 1), arrays_of(SHAPES)
+    rounded = jnp.asarray(value, jnp.bfloat16)
+    exact = with_gradients(gathered(SHAPES), (rounded.astype(jnp.float32), *rest), mesh)
+    theirs = with_gradients(gathered(SHAPES), (rounded, *rest), mesh)
+    monkeypatch.setattr(deformable, "on_gpus", lambda: True)
+    ours = with_gradients(gathered(SHAPES), (rounded.astype(jnp.float32), *rest), mesh)
+    for a, b in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    ours = with_gradients(gathered(SHAPES), (rounded, *rest), mesh)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.float32(a), np.float32(b)
+        assert np.abs(a - c).mean() < 0.9 * np.abs(b - c).mean()
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,20 @@ def test_an_evaluation_needs_no_field_of_training(tmp_path):
         run.prepare(other, workdir, free)
 
 
+def test_a_run_from_before_a_field_of_speed_goes_on(tmp_path):
+    run.prepare(tiny.config(), str(tmp_path))
+    (tmp_path / "checkpoints" / "last" / "3").mkdir(parents=True)
+    config = json.loads((tmp_path / checkpoint.CONFIG_FILE).read_text())
+    del config["model"]["swin"]["cudnn"]
+    (tmp_path / checkpoint.CONFIG_FILE).write_text(json.dumps(config))
+    changed = tiny.config()
+    changed.model.swin.cudnn = True
+    run.prepare(changed, str(tmp_path))
+    changed.model.swin.window = 3
+    with pytest.raises(UserError, match=r"another config \(model.swin.window: \d there, 3 now\)"):
+        run.prepare(changed, str(tmp_path))
+
+
 def test_a_workdir_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -1,6 +1,7 @@
 """The kernel for TPUs, interpreted, against XLA's operations; these are held to Swin elsewhere."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refseg_jax.models.encoders.swin import WindowAttention
-from refseg_jax.models.layers import window_kernel, window_strip
-from refseg_jax.models.layers.window_attention import attend_in_windows
+from refseg_jax.models.layers import window_attention, window_kernel, window_strip
+from refseg_jax.models.layers.window_attention import attend, attend_in_cudnn, attend_in_windows
 from refseg_jax.models.layers.window_kernel import attend_in_kernel, fits_kernel
 from refseg_jax.models.layers.windows import Windows
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
@@ -165,3 +166,74 @@ def test_a_tpu_takes_the_kernel(like_a_tpu):
     assert "pallas_call" in jaxpr() and "platform_index" in jaxpr()
     like_a_tpu()
     assert "pallas_call" in jaxpr() and "platform_index" not in jaxpr()
+
+
+@pytest.mark.parametrize("form", ["gpu", "cudnn"])
+@pytest.mark.parametrize(
+    ("size", "side", "shift"), [((8, 12), 4, 0), ((8, 12), 4, 2), ((7, 10), 4, 2), ((3, 3), 4, 2)]
+)
+def test_forms_for_gpus(size, side, shift, form, monkeypatch):
+    """In float32 they are equal; in bfloat16 their errors are not twice the other's."""
+    windows, heads = Windows(size, side, shift), 3
+    W, n = 2 * windows.rows * windows.columns, side**2
+    rng = np.random.default_rng(0)
+    arrays = list(rng.normal(size=(4, W, n, 24)).astype(np.float32))
+    bias = rng.normal(size=(heads, n, n)).astype(np.float32)
+
+    def results(attend, dtype=jnp.float32):
+        q, k, v, cotangent = (x.astype(dtype) for x in arrays)
+        attend = functools.partial(attend, regions=windows.regions())
+        y, pull_back = jax.vjp(attend, q, k, v, bias)
+        assert y.dtype == dtype
+        return [np.float32(x) for x in (y, *pull_back(cotangent))]
+
+    exact, theirs = results(attend), results(attend, jnp.bfloat16)
+    monkeypatch.setattr(window_attention, "on_gpus", lambda: True)
+    dot_product = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, implementation, **b: dot_product(*a, **b)
+    )
+    ours = attend_in_cudnn if form == "cudnn" else attend
+    for a, b in zip(results(ours), exact, strict=True):
+        assert not np.array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    for a, b, c in zip(results(ours, jnp.bfloat16), theirs, exact, strict=True):
+        assert np.abs(a - c).mean() < 2 * np.abs(b - c).mean()
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"cudnn": False}, False),
+        ({"dtype": jnp.float32}, False),
+        ({"window": 3}, False),  # An odd number of cells.
+        ({"heads": 8}, False),  # Four channels a head.
+        ({"devices": "NVIDIA A100, and nobody's mesh"}, False),
+        ({"devices": "TPU v5 lite"}, False),
+        ({"capability": "7.5"}, False),
+        ({"capability": "12.0"}, True),
+    ],
+)
+def test_what_goes_to_cudnn(change, taken, monkeypatch):
+    """Where it does, `dot_product_attention` is asked for cuDNN's."""
+    how = {"heads": 2, "window": 4, "dtype": jnp.bfloat16, "cudnn": True} | change
+    devices, capability = how.pop("devices", "NVIDIA L4"), how.pop("capability", "8.9")
+    asked = []
+
+    def dot_product(q, k, v, bias, *, scale, implementation):
+        asked.append(implementation)
+        return q
+
+    here = SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product)
+    gpu = jax.sharding.AbstractDevice(device_kind=devices, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)
+    if "nobody" in devices:
+        mesh = jax.sharding.AbstractMesh((), ())
+    layer = WindowAttention(**how)
+    with jax.sharding.use_abstract_mesh(mesh):
+        x = jnp.zeros((1, 64, 32), jnp.bfloat16)
+        jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, (8, 8), 2), x)
+    assert asked == (["cudnn"] if taken else [])

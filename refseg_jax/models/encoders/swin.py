@@ -3,7 +3,7 @@
 The layout is the one of the dense-prediction codes (LAVT, CrossVLT, `SwinBackbone` of
 `transformers`): any input size, stage outputs taken before patch merging and not normalised.
 Arrays are channels-last, [B, h, w, C]. Parameters are float32; matrix products run in `dtype`;
-norms, attention logits and softmax are computed in float32, and the logits kept in `dtype`.
+norms and softmax are computed in float32, and attention logits or weights kept in `dtype`.
 """
 
 import dataclasses
@@ -47,6 +47,8 @@ class SwinConfig:
         positions: add sine positions to the patches. Published weights have none; a small encoder
             from scratch does not learn places from its padding alone.
         remat: recompute each block in the backward pass instead of storing its activations.
+        cudnn: whether windows go through cuDNN's fused attention where that takes them (see
+            `fits_cudnn`), on NVIDIA's GPUs, but not to predict: nobody has run it on one yet.
     """
 
     patch_size: int = 4
@@ -59,6 +61,7 @@ class SwinConfig:
     shift_small_maps: bool = True
     positions: bool = False
     remat: bool = False
+    cudnn: bool = False
 
     def __post_init__(self):
         heads, widths = self.num_heads, self.widths
@@ -87,6 +90,7 @@ class WindowAttention(nn.Module):
     heads: int
     window: int
     dtype: jnp.dtype = jnp.float32
+    cudnn: bool = False
 
     @nn.compact
     def __call__(
@@ -107,7 +111,8 @@ class WindowAttention(nn.Module):
             x, (q, k, v) = normed_dense(x, *norm, kernel, bias, (factor, 1.0, 1.0))
             _, *around = jnp.split(bias.astype(self.dtype), 3)
         windows = Windows(size, self.window, shift)
-        y = window_attention(q, k, v, jnp.stack(around), self._position_bias(), windows)
+        around, bias = jnp.stack(around), self._position_bias()
+        y = window_attention(q, k, v, around, bias, windows, self.cudnn)
         y = Dense(C, dtype=self.dtype, kernel_init=_INIT, name="proj")(y)
         return y if norm is None else (x, y)
 
@@ -145,6 +150,7 @@ class SwinBlock(nn.Module):
     mlp_ratio: float
     drop_path: float
     dtype: jnp.dtype = jnp.float32
+    cudnn: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int], shift: int, train: bool) -> jax.Array:
@@ -153,8 +159,8 @@ class SwinBlock(nn.Module):
         drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
 
         norm = NormWeights(name="norm1")(C)
-        attention = WindowAttention(self.heads, self.window, self.dtype, name="attention")
-        x, y = attention(x.astype(self.dtype), size, shift, norm)
+        attend = WindowAttention(self.heads, self.window, self.dtype, self.cudnn, name="attention")
+        x, y = attend(x.astype(self.dtype), size, shift, norm)
         x = x + drop_path(y)
 
         kept = drop_path(jnp.ones((B, 1, 1)))
@@ -199,7 +205,10 @@ class Swin(nn.Module):
         self.patch = PatchEmbedding(c.embed_dim, c.patch_size, self.dtype, _INIT)
         self.patch_norm = LayerNorm(dtype=self.dtype)
         self.blocks = [
-            [block(heads, c.window, c.mlp_ratio, next(rates), self.dtype) for _ in range(depth)]
+            [
+                block(heads, c.window, c.mlp_ratio, next(rates), self.dtype, c.cudnn)
+                for _ in range(depth)
+            ]
             for depth, heads in zip(c.depths, c.num_heads, strict=True)
         ]
         self.merges = [PatchMerging(self.dtype) for _ in c.depths[1:]]

@@ -13,6 +13,7 @@ from refseg_jax.models.layers.deformable_kernel import Shapes, fits_kernel, samp
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.transformer import AddNorm, FeedForward
+from refseg_jax.sharding import on_gpus
 
 # Up to this many positions over all levels a CPU samples by a matrix product. That is three times
 # as fast at 336 positions, equally fast at 1344 and slower beyond, where the matrix also outgrows
@@ -51,10 +52,11 @@ def ms_deform_attn(
     s = value.shape[1]
     if sum(h * w for h, w in spatial_shapes) != s:
         raise ValueError(f"levels {spatial_shapes} do not make up the {s} positions of the values")
+    gather = _sample_on_gpu if on_gpus() else _sample_by_gather
     forms = {
         name: functools.partial(function, spatial_shapes)
         for name, function in (
-            ("gather", functools.partial(_sample_taps, _sample_by_gather)),
+            ("gather", functools.partial(_sample_taps, gather)),
             ("matrix", functools.partial(_sample_taps, _sample_by_matrix)),
             ("separable", _sample_separably),
         )
@@ -127,6 +129,42 @@ def _sample_by_gather(value: jax.Array, index: jax.Array, weight: jax.Array) -> 
     row = index + positions * np.arange(heads)[:, None, None]
     rows = jnp.take(value.reshape(-1, width), row, axis=0, mode="clip")
     return _contract("mqk,mqkd->mqd", weight, rows)
+
+
+def _sample_on_gpu(value: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
+    """`_sample_by_gather` as XLA's GPU compiler does it with the least traffic."""
+    heads, positions, width = value.shape
+    row = index + positions * np.arange(heads)[:, None, None]
+    return _sum_of_rows(value.reshape(-1, width), row, weight)
+
+
+@jax.custom_vjp
+def _sum_of_rows(value: jax.Array, row: jax.Array, weight: jax.Array) -> jax.Array:
+    """sum_k weight_qk value_row(qk), of [N,D] and [...,K]: float32 [...,D].
+
+    Row by row, so that no array has all rows, which are K times the values. The backward pass adds
+    up in float32 what `value` may have in bfloat16.
+    """
+    return sum(weight[..., k, None] * _rows(value, row[..., k]) for k in range(row.shape[-1]))
+
+
+def _rows(value: jax.Array, row: jax.Array) -> jax.Array:
+    return jnp.take(value.astype(jnp.float32), row, axis=0, mode="clip")
+
+
+def _sum_of_rows_forward(value, row, weight):
+    return _sum_of_rows(value, row, weight), (value, row, weight)
+
+
+def _sum_of_rows_backward(saved, cotangent):
+    value, row, weight = saved
+    of_weight = jnp.einsum("...kd,...d->...k", _rows(value, row), cotangent)
+    of_rows = weight[..., None] * cotangent[..., None, :]
+    of_value = jnp.zeros(value.shape).at[row].add(of_rows, mode="promise_in_bounds")
+    return of_value.astype(value.dtype), None, of_weight
+
+
+_sum_of_rows.defvjp(_sum_of_rows_forward, _sum_of_rows_backward)
 
 
 def _sample_by_matrix(value: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
