@@ -1,8 +1,10 @@
 """What a compiler made of a step, for benchmarks that have no device to run it on."""
 
+import argparse
 import collections
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from refseg_jax.predict import INPUTS, make_predict_step
 from refseg_jax.sharding import batch_sharding, replicated, state_sharding
 from refseg_jax.train import make_train_step
 
+STEPS = ("train", "eval")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
 
@@ -130,3 +133,16 @@ def result_bytes(types: str) -> int:
         bits = {"pred": 8, "bf16": 16}.get(match.group(1)) or int(match.group(2))
         total += bits * math.prod(int(n) for n in match.group(3).split(",") if n) // 8
     return total
+
+
+def names_among(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """For argparse: names with commas between, of which what stands before a colon is `known`."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name.partition(":")[0] not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse

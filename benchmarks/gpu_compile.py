@@ -27,7 +27,6 @@ products: it has kernels of its own for them, but some only once their sizes wer
 
 import argparse
 import collections
-import functools
 import itertools
 import json
 import math
@@ -50,8 +49,10 @@ from jax.sharding import AxisType, Mesh
 from benchmarks.compiled import (
     BITS,
     COLLECTIVES,
+    STEPS,
     Program,
     computations,
+    names_among,
     place,
     result_bytes,
     trace_step,
@@ -59,7 +60,6 @@ from benchmarks.compiled import (
 from benchmarks.paper import CONFIGS, forward_flops, paper_config, positive
 from refseg_jax.sharding import AXES
 
-STEPS = ("train", "eval")
 # XLA's own kernels for products need a GPU to try their sizes on.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
@@ -156,7 +156,7 @@ class Kernel(NamedTuple):
     bytes: int
 
     def seconds(self, gpu: GPU) -> float:
-        """Of all runs, at least."""
+        """Of all runs, by the roofline."""
         most = max(self.bytes / (gpu.gbytes * 1e9), self.flops / (gpu.tflops * 1e12))
         return self.runs * most
 
@@ -294,26 +294,16 @@ def compile_row(
     return row, text
 
 
-def among(known: tuple[str, ...], text: str) -> list[str]:
-    """For argparse: names with commas between."""
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-    return names
-
-
 def main() -> int:
     """Returns the exit status."""
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    of = functools.partial
-    parser.add_argument("--config", type=of(among, CONFIGS), default=CONFIGS)
+    parser.add_argument("--config", type=names_among(CONFIGS), default=CONFIGS)
     parser.add_argument("--gpu", choices=GPUS, default="H200")
-    parser.add_argument("--gpus", type=of(among, ("1", "2", "4", "8")), default=("1", "8"))
-    parser.add_argument("--step", type=of(among, STEPS), default=STEPS)
+    parser.add_argument("--gpus", type=names_among(("1", "2", "4", "8")), default=("1", "8"))
+    parser.add_argument("--step", type=names_among(STEPS), default=STEPS)
     parser.add_argument("--batch", type=positive, default=8, help="rows per GPU")
     parser.add_argument("--cudnn", action="store_true", help="Swin's attention in cuDNN's kernels")
     parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")

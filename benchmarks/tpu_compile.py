@@ -37,7 +37,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask.
@@ -52,7 +52,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from benchmarks.compiled import Program, trace_step
+from benchmarks.compiled import STEPS, Program, names_among, trace_step
 from benchmarks.paper import CONFIGS, forward_flops, paper_config, positive
 from refseg_jax.sharding import AXES, compiler_options
 
@@ -61,7 +61,6 @@ from refseg_jax.sharding import AXES, compiler_options
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
-STEPS = ("train", "eval")
 # JAX's optimisation level and effort of what the record names so. A little less effort than by
 # default saves a fifth of the time and makes the same operations, but less of their machine code;
 # with much less, the operations are others.
@@ -267,19 +266,6 @@ def update(rows: list[dict[str, Any]]) -> None:
     before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
     page.write_text(f"{before}{begin}\n{table(merged)}\n\n{end}{after}")
-
-
-def names_among(known: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """For argparse: names with commas between, of which what stands before a colon is `known`."""
-
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name.partition(":")[0] not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def topologies_among(text: str) -> list[str]:

@@ -48,7 +48,7 @@ class SwinConfig:
             from scratch does not learn places from its padding alone.
         remat: recompute each block in the backward pass instead of storing its activations.
         cudnn: whether windows go through cuDNN's fused attention where that takes them (see
-            `fits_cudnn`), on NVIDIA's GPUs, but not to predict: nobody has run it on one yet.
+            `fits_cudnn`), on NVIDIA's GPUs; `predict` does without. Nobody has run it on one yet.
     """
 
     patch_size: int = 4

@@ -140,10 +140,11 @@ def _sample_on_gpu(value: jax.Array, index: jax.Array, weight: jax.Array) -> jax
 
 @jax.custom_vjp
 def _sum_of_rows(value: jax.Array, row: jax.Array, weight: jax.Array) -> jax.Array:
-    """sum_k weight_qk value_row(qk), of [N,D] and [...,K]: float32 [...,D].
+    """sum_k weight_qk value_row(qk) -> float32 [...,D].
 
-    Row by row, so that no array has all rows, which are K times the values. The backward pass adds
-    up in float32 what `value` may have in bfloat16.
+    `value` is [N,D], `row` int32 and `weight` float32 [...,K]. Row by row, so that no array has all
+    rows, which are K times the values. The backward pass adds up in float32 what `value` may have
+    in bfloat16.
     """
     return sum(weight[..., k, None] * _rows(value, row[..., k]) for k in range(row.shape[-1]))
 
