@@ -21,7 +21,6 @@ import argparse
 import functools
 import json
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.paper import CONFIGS, batch_shapes, paper_config, paper_state, positive
+from benchmarks.timing import seconds_of
 from refseg_jax.models.encoders import clip, swin
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.window_attention import attend, attend_in_cudnn
@@ -131,13 +131,7 @@ def milliseconds(function: Callable, arguments: tuple[jax.Array, ...], repeats: 
         return pull_back(y)
 
     both = jit_on_mesh(make_mesh(1, 1), both)
-    jax.block_until_ready(both(*arguments))
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        jax.block_until_ready(both(*arguments))
-        times.append(time.perf_counter() - begun)
-    return round(1e3 * statistics.median(times), 4)
+    return round(1e3 * statistics.median(seconds_of(both, arguments, repeats)), 4)
 
 
 def measure(attention: Attention, repeats: int) -> dict[str, Any]:

@@ -8,13 +8,13 @@ the full AlignFormer. One JSON line per measurement: the best of `--repeats` run
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.paper import positive
+from benchmarks.timing import seconds_of
 from refseg_jax.models.layers.deformable import (
     DeformableEncoder,
     ms_deform_attn,
@@ -44,13 +44,7 @@ def core_arguments(batch: int, shapes: tuple, dim: int, heads: int) -> tuple[jax
 def best_ms(function: Callable, arguments: tuple, repeats: int) -> float:
     """Milliseconds of the fastest of `repeats` calls, compilation excluded."""
     function = jit_on_mesh(make_mesh(1, 1), function)
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return round(1e3 * min(times), 2)
+    return round(1e3 * min(seconds_of(function, arguments, repeats)), 2)
 
 
 def measure(name: str, function: Callable, arguments: tuple, repeats: int, **facts) -> None:

@@ -14,6 +14,7 @@ import time
 import jax
 
 from benchmarks.paper import paper_config, paper_state, positive, random_batch
+from benchmarks.timing import seconds_of
 from refseg_jax.predict import make_predict_step
 from refseg_jax.train import train_step
 from refseg_jax.train_state import init_state, init_variables
@@ -23,13 +24,11 @@ def measure(name, function, *arguments):
     begun = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     compile_seconds = time.perf_counter() - begun
-    jax.block_until_ready(compiled(*arguments))
-    begun = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
+    (run_seconds,) = seconds_of(compiled, arguments, 1)
     row = {
         "what": name,
         "compile_s": round(compile_seconds, 1),
-        "run_s": round(time.perf_counter() - begun, 2),
+        "run_s": round(run_seconds, 2),
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "device": jax.devices()[0].device_kind,
     }

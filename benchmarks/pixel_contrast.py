@@ -10,12 +10,12 @@ take more than `--limit_gib` is planned but not run.
 import argparse
 import json
 import math
-import time
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.paper import positive
+from benchmarks.timing import seconds_of
 from refseg_jax.losses.contrastive import unit_length
 from refseg_jax.losses.pixel_contrast import pixel_contrast_loss
 
@@ -53,12 +53,8 @@ def measure(form: str, function, arguments: tuple, options: argparse.Namespace, 
         "seconds": None,
     }
     if memory <= options.limit_gib * 2**30:
-        jax.block_until_ready(compiled(*arguments))
-        times = []
-        for _ in range(options.repeats):
-            begun = time.perf_counter()
-            loss, _ = jax.block_until_ready(compiled(*arguments))
-            times.append(time.perf_counter() - begun)
+        times = seconds_of(compiled, arguments, options.repeats)
+        loss, _ = compiled(*arguments)
         line |= {"seconds": round(min(times), 4), "loss": round(float(loss) / options.batch, 5)}
     print(json.dumps(line), flush=True)
 

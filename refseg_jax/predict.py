@@ -25,7 +25,7 @@ from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError, command
 from refseg_jax.models.layers.resize import resize_bicubic, resize_bilinear
 from refseg_jax.processes import use_compile_cache
-from refseg_jax.sharding import jit_on_mesh
+from refseg_jax.sharding import jit_on_mesh, mesh_of_one, replicated
 from refseg_jax.train_state import init_variables
 
 INPUTS = ("image", "tokens", "token_mask")  # What of a batch the model sees.
@@ -148,7 +148,8 @@ class Predictor:
     """A model ready to be asked. Compiled once, at the first call.
 
     Attributes:
-      model, variables: the Linen module and what its `apply` takes.
+      model, variables: the Linen module and what its `apply` takes, which stays on the device or
+        devices where it is; arrays of NumPy go to JAX's default device.
       tokenizer: turns an expression into the model's tokens.
       image_size: side of the square the model sees; images of any size are resized to it.
       letterbox: they keep their shape in it, see `transforms.place`.
@@ -169,7 +170,7 @@ class Predictor:
         letterbox: bool = False,
     ):
         self.model = model
-        self.variables = variables
+        self.variables = jax.device_put(variables)
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.max_tokens = max_tokens
@@ -177,7 +178,10 @@ class Predictor:
         self.no_target_area = no_target_area
         self.letterbox = letterbox
         self._bicubic = getattr(model, "resizes_probabilities", False)
-        self._predict = make_predict_step(model)
+        # On a mesh the model takes its kernels for TPUs and its forms for GPUs.
+        devices = {d for leaf in jax.tree.leaves(self.variables) for d in leaf.devices()}
+        sharding = replicated(mesh_of_one(*devices)) if len(devices) == 1 else None
+        self._predict = make_predict_step(model, sharding)
 
     @classmethod
     def from_workdir(cls, workdir: str | os.PathLike) -> "Predictor":

@@ -36,9 +36,16 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
         raise UserError(
             f"config.mesh data={data} fsdp={fsdp} does not fit the {len(devices)} devices here"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
-    )
+    return _mesh(sizes, devices[:count])
+
+
+def mesh_of_one(device: jax.Device) -> Mesh:
+    """A mesh of `device` alone."""
+    return _mesh([1, 1], [device])
+
+
+def _mesh(sizes: list[int], devices: list[jax.Device]) -> Mesh:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:

@@ -13,6 +13,7 @@ from refseg_jax import pictures, predict
 from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError
+from refseg_jax.sharding import divides_samples, make_mesh
 
 SIZE = 16
 
@@ -68,6 +69,29 @@ def test_a_letterbox_and_back(predictor, photo):
 def test_arrays_of_jax(predictor, photo):
     found = [predictor(image, "red").mask for image in (photo, jnp.asarray(photo))]
     np.testing.assert_array_equal(*found)
+
+
+def test_the_device_of_the_variables_is_known_to_the_model(predictor, photo):
+    # Kernels for TPUs and forms for GPUs are chosen by the mesh.
+    known = []
+
+    class Curious(Red):
+        @nn.compact
+        def __call__(self, image, tokens, token_mask, train):
+            device = jax.sharding.get_abstract_mesh().abstract_device
+            known.append((device and device.platform, divides_samples(len(image))))
+            return super().__call__(image, tokens, token_mask, train)
+
+    device, other = jax.devices()[-1], jax.devices()[0]
+    assert device != other  # See conftest.py.
+    both = jax.sharding.NamedSharding(make_mesh(2, 1), jax.sharding.PartitionSpec())
+    arrays = jax.tree.map(np.asarray, predictor.variables)
+    for where, expected in ((None, "cpu"), (device, "cpu"), (both, None)):
+        variables = arrays if where is None else jax.device_put(arrays, where)
+        curious = predict.Predictor(Curious(), variables, predictor.tokenizer, SIZE, max_tokens=6)
+        found = curious(photo, "red")
+        np.testing.assert_array_equal(found.mask, predictor(photo, "red").mask)
+        assert known.pop() == (expected, expected is not None) and not known
 
 
 def test_nothing_found(predictor):
