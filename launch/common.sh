@@ -3,9 +3,10 @@
 #
 # A script sets a variable for each option (`node_count` is --node-count), lists the options that
 # take a value in `options` and those that take none in `switches`, and calls `parse "$@"`. The
-# words after `--` become `training`; a word of `actions`, where a script has any, becomes `action`.
+# words after `--` become `training`; a word of `actions`, where a script has any, becomes `action`;
+# each NAME=VALUE of an option `env`, one of `environment`.
 
-dry_run='' action='' training=()
+dry_run='' action='' training=() environment=()
 # shellcheck disable=SC2034  # For the scripts.
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -33,7 +34,13 @@ parse() {
           printf -v "${option//-/_}" yes
         elif [[ " ${options:-} " == *" $option "* ]]; then
           [[ ${2:-} && ${2:-} != --* ]] || fail "$1 needs a value"
-          printf -v "${option//-/_}" %s "$2" && shift
+          if [[ $option == env ]]; then
+            [[ $2 =~ ^[a-zA-Z_][a-zA-Z0-9_]*= ]] || fail "--env is '$2', not NAME=VALUE"
+            environment+=("$2")
+          else
+            printf -v "${option//-/_}" %s "$2"
+          fi
+          shift
         else
           fail "unknown option $1 (see $0 --help)"
         fi
@@ -80,7 +87,14 @@ require_training() {
 # Machines that come and go keep nothing: their run directory must be in a bucket.
 require_bucket() {
   require_training
-  [[ " ${training[*]} " =~ " --workdir"[\ =]gs:// ]] ||
+  local i workdir=''
+  for ((i = 0; i < ${#training[@]}; i++)); do # The last one counts.
+    case ${training[i]} in
+      --workdir) workdir=${training[i + 1]:-} ;;
+      --workdir=*) workdir=${training[i]#*=} ;;
+    esac
+  done
+  [[ $workdir == gs://?* ]] ||
     fail "training needs a run directory that outlives the machines: --workdir gs://BUCKET/RUN"
 }
 

@@ -14,18 +14,19 @@
 #   --restarts N            failures until it gives up (10); a preemption is none, unless a pod that
 #                           ends with the one that is preempted is seen first
 #   --service-account NAME  of Kubernetes, with access to the bucket (default)
+#   --env NAME=VALUE        in the environment of training, may be given again
 #   --dry-run               print the commands
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-name='' image='' accelerator='' topology='' chips=4 hosts='' gpus='' spot='' restarts=10
+name='' image='' accelerator='' topology='' chips='' hosts='' gpus='' spot='' restarts=10
 service_account=default
-options='name image accelerator topology chips hosts gpus restarts service-account'
+options='name image accelerator topology chips hosts gpus restarts service-account env'
 switches=spot
 parse "$@"
 require_name
 require image accelerator
-count chips restarts
+count restarts
 require_bucket
 
 # A YAML string. `$` is doubled because Kubernetes expands $(NAME) in arguments.
@@ -34,13 +35,24 @@ text() {
   printf "'%s'" "${quoted//\$/\$\$}"
 }
 
-arguments=()
-for word in "${training[@]}"; do
+for word in "${training[@]}" ${environment[@]+"${environment[@]}"}; do
   [[ $word != *[[:cntrl:]]* ]] || fail "a line break or tab in $(quote "$word")"
-  arguments+=("$(text "$word")")
 done
+arguments=()
+for word in "${training[@]}"; do arguments+=("$(text "$word")"); done
+variables=''
+for word in ${environment[@]+"${environment[@]}"}; do
+  variables+="
+                    - name: ${word%%=*}
+                      value: $(text "${word#*=}")"
+done
+variables=${variables:+"
+                  env:$variables"}
 
-if [[ $topology ]]; then
+if [[ $accelerator == tpu* ]]; then
+  require topology
+  chips=${chips:-4}
+  count chips
   [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
     fail "--topology is '$topology', not like 4x4 or 2x2x4"
   [[ ! $hosts$gpus ]] || fail "--hosts and --gpus are for GPUs: --topology says it all"
@@ -60,6 +72,8 @@ if [[ $topology ]]; then
                   securityContext:
                     privileged: true'
 else
+  [[ ! $topology$chips ]] ||
+    fail "--hosts and --gpus are for GPUs such as $accelerator, --topology and --chips for TPUs"
   require hosts gpus
   count hosts gpus
   device=nvidia.com/gpu per_host=$gpus annotations='' security=''
@@ -111,7 +125,7 @@ spec:
               nodeSelector:$selector
               containers:
                 - name: train
-                  image: $(text "$image")$security
+                  image: $(text "$image")$security$variables
                   args:$(printf '\n                    - %s' "${arguments[@]}")
                   resources:
                     limits:

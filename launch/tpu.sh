@@ -4,7 +4,8 @@
 #   launch/tpu.sh ACTION --name NAME --zone ZONE [OPTIONS] [-- --config ... --workdir gs://...]
 #
 #   keep     create, install and start; the same again after every preemption; once the run is
-#            finished, delete. May be ended and started again at any time. Or step by step:
+#            finished, delete. May be ended and started again at any time; what `stop` stopped it
+#            would start again. Or step by step:
 #   create   ask for the pod
 #   state    what has become of the request: ACTIVE is ready
 #   install  copy the code to every worker, and install it there
@@ -19,14 +20,16 @@
 #   --type TYPE        accelerator, e.g. v5litepod-16 (for keep, create)
 #   --runtime VERSION  TPU software, e.g. v2-alpha-tpuv5-lite (for keep, create)
 #   --spot             may be preempted
-#   --restarts N       failures on one pod until keep gives up (10)
+#   --restarts N       failures on one pod, or looks in a row without an answer, until keep gives
+#                      up (10)
 #   --every S          seconds between two looks of keep (60)
+#   --env NAME=VALUE   in the environment of training, may be given again (for keep, start)
 #   --dry-run          print the commands
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 name='' zone='' project='' type='' runtime='' spot='' restarts=10 every=60
-options='name zone project type runtime restarts every'
+options='name zone project type runtime restarts every env'
 switches=spot actions='keep create state install start watch stop delete'
 parse "$@"
 [[ $action ]] || fail "one of these is missing: $actions (see $0 --help)"
@@ -69,12 +72,16 @@ python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
 
 start() {
   require_bucket
+  local value variables=()
+  for value in PYTHONUNBUFFERED=1 ${environment[@]+"${environment[@]}"}; do
+    variables+=("--setenv=$value")
+  done
   # First what still runs, or is remembered as failed, is ended. KillMode: its input workers are
   # not signaled. After: at a shutdown the network outlasts it. LimitMEMLOCK: libtpu pins memory.
   # systemd reads `$$` as `$`.
   on all "{ sudo systemctl stop $service; sudo systemctl reset-failed $service; } 2>/dev/null; \
 cd refseg_jax && sudo systemd-run --unit=$service --remain-after-exit --uid=\"\$(id -u)\" \
---working-directory=\"\$PWD\" --setenv=PYTHONUNBUFFERED=1 --property=KillMode=mixed \
+--working-directory=\"\$PWD\" $(quote "${variables[@]}") --property=KillMode=mixed \
 --property=TimeoutStopSec=300 --property=After=network-online.target --property=LimitMEMLOCK=infinity -- \
 \"\$PWD/.venv/bin/python\" -m refseg_jax.main $(quote "${training[@]//\$/\$\$}")"
 }
@@ -90,10 +97,13 @@ delete() {
   run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-failures=0
-failed() {
-  ((++failures <= restarts)) || fail "$1, and --restarts $restarts are used up"
-  note "$1 ($failures of $restarts)"
+failures=0 silences=0
+failed() { tolerate $((++failures)) "$1"; }
+unanswered() { tolerate $((++silences)) "$1"; }
+tolerate() {
+  (($1 <= restarts)) || fail "$2, and --restarts $restarts are used up. A pod that there is stays," \
+    "and is paid for: $0 delete --name $name ${where[*]}"
+  note "$2 ($1 of $restarts)"
 }
 
 # One look, and what follows from it; true once the run is finished.
@@ -101,10 +111,11 @@ look() {
   local answer
   if ! answer=$(state 2>&1); then
     # Anything but a clear "there is none" may pass, such as a broken line.
-    [[ $answer == *NOT_FOUND* ]] || failed "${answer##*$'\n'}"
+    [[ $answer == *NOT_FOUND* ]] || unanswered "${answer##*$'\n'}"
     [[ $answer != *NOT_FOUND* ]] || create || fail "the request for a pod was refused"
     return 1
   fi
+  [[ $answer ]] || { unanswered "nothing is said of the request" && return 1; }
   case ${answer##*[[:space:]]} in
     ACTIVE) ;;
     SUSPENDED)
@@ -118,17 +129,22 @@ look() {
       delete || true
       return 1
       ;;
-    *) note "$answer" && return 1 ;;
+    *)
+      silences=0
+      note "$answer"
+      return 1
+      ;;
   esac
-  answer=$(progress 2>/dev/null) || answer='no answer'
-  case ${answer##*[[:space:]]} in
-    exited) return 0 ;;
-    dead) { install && start; } || failed "training could not be started" ;;
-    failed)
+  answer=$(progress 2>&1) || { unanswered "no answer of worker 0: ${answer##*$'\n'}" && return 1; }
+  silences=0
+  case $'\n'$answer$'\n' in # Beside what gcloud has to say.
+    *$'\nexited\n'*) return 0 ;;
+    *$'\ndead\n'*) { install && start; } || failed "training could not be started" ;;
+    *$'\nfailed\n'*)
       failed "training failed: launch/tpu.sh watch shows why"
       start || true
       ;;
-    *) note "$answer" ;;
+    *) note "${answer##*$'\n'}" ;;
   esac
   return 1
 }
@@ -142,12 +158,13 @@ keep() {
     install
     start
     note "until it prints exited:" && progress
-    note "after a preemption (SUSPENDED), and then all of the above again; and at the end:"
+    note "after a preemption (SUSPENDED), before all of the above again, and at the end:"
+    note "$(delete)"
   else
     until look; do sleep "$every"; done
     note "the run is finished"
+    delete
   fi
-  delete
 }
 
 "$action"

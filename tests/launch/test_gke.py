@@ -52,6 +52,7 @@ spec:
             - name: <str>
               image: <str>
               securityContext?: {privileged: true}
+              env?: [{name: <str>, value: <str>}]
               args: [<str>]
               resources:
                 limits:
@@ -118,6 +119,14 @@ def test_a_slice_has_a_pod_on_every_host(arguments, hosts, chips, tools):
     assert document["spec"]["failurePolicy"]["maxRestarts"] == 10
     assert words == TRAINING  # GKE tells JAX the rest.
     assert all("$" not in word.replace("$$", "") for word in container["args"])
+
+
+def test_pods_have_the_environment(tools):
+    variables = ["JAX_COMPILATION_CACHE_DIR=gs://bucket/it's", "XLA_FLAGS=--a=$(b) --c", "EMPTY="]
+    words = [word for variable in variables for word in ("--env", variable)]
+    *_, container, _ = jobset(tools, *GPU, *words)
+    env = {entry["name"]: entry["value"].replace("$$", "$") for entry in container["env"]}
+    assert env == dict(variable.split("=", 1) for variable in variables)
 
 
 def test_gpu_pods_are_told_where_they_are(tools):

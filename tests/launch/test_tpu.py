@@ -7,8 +7,8 @@ import subprocess
 from tests.launch.stand_ins import KIND, POD, TRAINING, bash, option, script
 
 
-def remote(tools, command):
-    """What systemd starts where a worker's shell is given `command`."""
+def remote(tools, command, variables=None):
+    """What systemd starts where a worker's shell is given `command`; `variables`: with which."""
     pathlib.Path(tools.folder, "refseg_jax").mkdir(exist_ok=True)
     tools.bash("-c", f"cd {shlex.quote(str(tools.folder))}; {command}")
     (call,) = [c for c in tools.calls if "systemd-run" in c]
@@ -16,6 +16,8 @@ def remote(tools, command):
     assert call[:2] == ["sudo", "systemd-run"] and "--property=KillMode=mixed" in call[:at]
     assert "--property=After=network-online.target" in call[:at]  # It saves to a bucket as it ends.
     assert option(call[:at], "working-directory") == str(tools.folder / "refseg_jax")
+    if variables is not None:
+        variables += [w.partition("=")[2] for w in call[:at] if w.startswith("--setenv=")]
     # systemd expands $NAME in what it runs, and reads $$ as $.
     assert all("$" not in word.replace("$$", "") for word in call[at:])
     return [word.replace("$$", "$") for word in call[at + 1 :]]
@@ -28,6 +30,16 @@ def test_training_starts_on_all_workers_with_the_words_unchanged(tools):
     assert option(call, "worker") == "all" and option(call, "zone") == "us-west4-a"
     python = str(tools.folder / "refseg_jax/.venv/bin/python")
     assert remote(tools, option(call, "command")) == [python, "-m", "refseg_jax.main", *TRAINING]
+
+
+def test_training_has_the_environment(tools):
+    variables = ["JAX_COMPILATION_CACHE_DIR=gs://bucket/it's", "XLA_FLAGS=--a=$b --c"]
+    words = [word for variable in variables for word in ("--env", variable)]
+    tools.bash(*script("tpu.sh", "start", *POD, *words, "--", *TRAINING))
+    (call,) = tools.calls
+    set_there = []
+    started = remote(tools, option(call, "command"), set_there)
+    assert started[3:] == TRAINING and set_there == ["PYTHONUNBUFFERED=1", *variables]
 
 
 def test_spot_is_asked_for_and_only_then(tools):
@@ -112,6 +124,21 @@ def test_keep_starts_what_failed_a_few_times(tools):
     assert steps == ["systemd-run", "systemd-run"]  # The pod stays, for a look at its log.
 
 
+def test_keep_gives_up_on_a_worker_that_does_not_answer(tools):
+    up, silent = active("")[0], ("SubState", "pod: Permission denied (publickey)", 255)
+    done, steps = keep(tools, *[up, silent] * 2, *active("running"), *[up, silent] * 4, restarts=3)
+    assert done.returncode == 2 and steps == []
+    # The reason, in each line; and that a pod costs money until it is deleted, and how.
+    assert done.stdout.count("Permission denied (publickey) (2 of 3)") == 2
+    assert "Permission denied" in done.stderr and "--restarts 3 are used up" in done.stderr
+    assert "delete --name pod --zone=us-west4-a" in done.stderr
+
+
+def test_keep_gives_up_where_nothing_is_said(tools):
+    done, steps = keep(tools, *[("describe", "", 0)] * 2, restarts=1)
+    assert done.returncode == 2 and "nothing is said" in done.stderr and steps == []
+
+
 def test_keep_ends_where_there_can_be_no_pod(tools):
     done, steps = keep(tools, NONE, ("create", "no such type", 1))
     assert done.returncode == 2 and "refused" in done.stderr and steps == ["create"]
@@ -127,4 +154,6 @@ def test_a_dry_run_of_keep_shows_a_whole_round(plain):
     order = ["queued-resources create", "describe", "scp", "pip install", "systemd-run", "SubState"]
     places = [text.index(word) for word in [*order, "# after a preemption", "delete"]]
     assert places == sorted(places)
+    # Of what is pasted nothing deletes the pod.
+    assert not [line for line in text.splitlines() if " delete " in line and line[0] != "#"]
     assert text.count("--worker=all") == 3 and text.count("--spot") == 1
