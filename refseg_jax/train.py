@@ -187,12 +187,14 @@ class Trainer:
     ):
         self.config = config
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-        rows = config.train.batch_size / config.train.accumulate
-        if rows % self.mesh.size:
+        size, accumulate = config.train.batch_size, config.train.accumulate
+        if size % (accumulate * self.mesh.size):
+            above = -(-size // (accumulate * self.mesh.size)) * accumulate * self.mesh.size
+            below = above - accumulate * self.mesh.size
             raise UserError(
-                f"config.train.batch_size={config.train.batch_size} with "
-                f"config.train.accumulate={config.train.accumulate} gives {rows:g} rows at a time, "
-                f"which {self.mesh.size} devices cannot share evenly"
+                f"config.train.batch_size={size} with config.train.accumulate={accumulate} gives "
+                f"{size / accumulate:g} rows at a time, which {self.mesh.size} devices cannot share "
+                f"evenly: take {f'{below} or {above}' if below else above}"
             )
         self.source = data.open_source(config.data, config.data.train_split)
         self.tokenizer = tokenizer
@@ -321,6 +323,11 @@ def train(
                 f"{trainer.source.num_sentences} sentences of {len(trainer.source)} refs, "
                 f"{trainer.mesh.size} {jax.default_backend()} device(s)"
             )
+            if config.model.dtype == "float32" and jax.default_backend() != "cpu":
+                writer.say(
+                    "activations are float32: --config.model.dtype=bfloat16 is what TPUs and GPUs "
+                    "are fast with, and most of our kernels are for it"
+                )
             checked = min(10_000, trainer.source.num_sentences)
             cut = pipeline.count_truncated(
                 trainer.source, tokenizer, config.data.max_tokens, limit=checked

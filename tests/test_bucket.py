@@ -4,13 +4,17 @@ import json
 import pathlib
 
 import fsspec
+import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from refseg_jax import checkpoint, logging, run
 from refseg_jax.data import load_tokenizer
 from refseg_jax.errors import UserError, bucket_errors
+from refseg_jax.weights.darknet import convert_darknet
+from refseg_jax.weights.files import read_checkpoint
 from tests import tiny
 
 
@@ -59,6 +63,29 @@ def test_a_bucket_that_does_not_exist_is_one_line():
         raise FileNotFoundError("Bucket does not exist: no-such")  # As gcsfs has it.
     with pytest.raises(FileNotFoundError), bucket_errors():
         pathlib.Path("/no/such/file").read_text()
+
+
+def test_weights_are_read_from_a_bucket(bucket):
+    folder, arrays = epath.Path(bucket), {"a": np.arange(6.0), "b": np.eye(2)}
+    places = {"a": "one.safetensors", "b": "two.safetensors"}
+    for name, file in places.items():
+        (folder / file).write_bytes(safetensors.numpy.save({name: arrays[name]}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for source, names in ((f"{bucket}/one.safetensors", ["a"]), (bucket, ["a", "b"])):
+        read = read_checkpoint(source)
+        assert str(read.path).startswith(source) and sorted(read.arrays) == names
+        for name in names:
+            np.testing.assert_array_equal(read.arrays[name], arrays[name])
+    (folder / "cut.safetensors").write_bytes((folder / "one.safetensors").read_bytes()[:-8])
+    for file, reason in (("no.safetensors", "no checkpoint at"), ("cut.safetensors", "not a whole")):
+        with pytest.raises(UserError, match=reason) as error:
+            read_checkpoint(f"{bucket}/{file}")
+        assert f"{bucket}/{file}" in str(error.value) and "/tmp" not in str(error.value)
+    with pytest.raises(UserError, match=f"{bucket}/no.weights"):
+        convert_darknet(f"{bucket}/no.weights", {})
+    (folder / "short.weights").write_bytes(bytes(40))
+    with pytest.raises(UserError, match=f"{bucket}/short.weights ends after 6 numbers"):
+        convert_darknet(f"{bucket}/short.weights", {"params": {"x": np.zeros(9)}})
 
 
 @pytest.mark.parametrize("remote", [False, True])

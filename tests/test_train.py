@@ -110,7 +110,9 @@ def test_two_runs_with_one_seed_are_identical_and_with_another_are_not(tmp_path)
     assert not all(np.array_equal(x, y) for x, y in zip(first, other, strict=True))
 
 
-def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
     config = tiny.config(train__steps=5, train__eval_every=100)
     tokenizer = run.prepare(config, str(tmp_path))
     real = train.normalize_for
@@ -122,8 +124,14 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
 
     monkeypatch.setattr(train, "normalize_for", real)
     wild = tiny.config(optim__lr=1e25, train__steps=1)  # Its loss is fine, what it leaves is not.
-    with pytest.raises(UserError, match="parameters' norm is inf at step 1"):
+    assert "--config.model.dtype=bfloat16" not in capsys.readouterr().err
+    with (
+        monkeypatch.context() as elsewhere,
+        pytest.raises(UserError, match="parameters' norm is inf at step 1"),
+    ):
+        elsewhere.setattr(jax, "default_backend", lambda: "tpu")
         train.train(wild, run.prepare(wild, str(tmp_path / "wild")), str(tmp_path / "wild"))
+    assert "--config.model.dtype=bfloat16" in capsys.readouterr().err
     with checkpoint.Checkpoints(str(tmp_path / "wild")) as checkpoints:
         assert checkpoints.last.latest_step() is None
 
@@ -165,8 +173,10 @@ def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path):
 
 
 def test_batch_that_devices_cannot_share_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="batch_size=12"):
-        make_trainer(tmp_path, train__batch_size=12, mesh__data=8)
+    for size, accumulate, near in ((12, 1, "8 or 16"), (4, 1, "8"), (24, 2, "16 or 32")):
+        changes = {"train__batch_size": size, "train__accumulate": accumulate}
+        with pytest.raises(UserError, match=f"batch_size={size} .* evenly: take {near}$"):
+            make_trainer(tmp_path, mesh__data=8, **changes)
 
 
 def command(workdir, **changes):

@@ -3,10 +3,13 @@
 import json
 import pathlib
 import re
+import shutil
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
+from etils import epath
 
 from refseg_jax.errors import UserError
 from refseg_jax.weights.pytorch import PICKLE_START, ZIP_START, read_pytorch
@@ -37,7 +40,8 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> Checkpoint:
     """Reads a file, a directory's `model.safetensors` or `pytorch_model.bin`, or a hub's.
 
-    Files of the names `first` come before those two.
+    Files of the names `first` come before those two. A bucket's (gs://) are copied for as long as
+    they are read.
     What is not found here but could be a Hugging Face name is asked for there (or in its cache).
     The format is told by the content. No code in a file is ever run.
 
@@ -52,7 +56,27 @@ def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> 
     return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
 
 
+def _is_remote(source: str | pathlib.Path) -> bool:
+    return "://" in str(source)
+
+
+def _read_remote(path: pathlib.Path) -> Checkpoint:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, path.name)
+        try:
+            with path.open("rb") as source, open(copy, "wb") as file:
+                shutil.copyfileobj(source, file, 2**24)
+        except FileNotFoundError as error:
+            raise UserError(f"no checkpoint at {path}: {_READABLE}") from error
+        try:
+            return _read_file(copy)._replace(path=path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), str(path))) from error
+
+
 def _read_file(path: pathlib.Path) -> Checkpoint:
+    if _is_remote(path):
+        return _read_remote(path)
     try:
         with open(path, "rb") as file:
             start = file.read(100)
@@ -77,7 +101,7 @@ def _read_file(path: pathlib.Path) -> Checkpoint:
 
 
 def _locate(source: str | pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
-    path = pathlib.Path(source).expanduser()
+    path = epath.Path(source) if _is_remote(source) else pathlib.Path(source).expanduser()
     if path.is_dir():
         for name in (*names, *_SHARDED):
             if (path / name).is_file():
