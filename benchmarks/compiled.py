@@ -136,12 +136,12 @@ def result_bytes(types: str) -> int:
 
 
 def names_among(known: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """For argparse: names with commas between, of which what stands before a colon is `known`."""
+    """For argparse: names among those that are `known`, with commas between."""
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:
-            if name.partition(":")[0] not in known:
+            if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
         return names
 

@@ -5,7 +5,8 @@ python -m benchmarks.tpu_compile [--config lavt,cris] [--topology v5e:2x2] [--st
 
 Needs `libtpu`, of the version that jax[tpu] names. A level is how hard the compiler tries: "O0"
 takes a small part of the minutes of "default, -0.3", to a slow program, of which no cycles are
-given. Where none is named it is the latter for one host of v5e, and "O0" elsewhere.
+given. Where none is named it is the latter for one host of v5e, and elsewhere "O0" or, with
+--update, the level of the row whose place is taken.
 
 A JSON line per config, topology and step, of 8 rows per chip or --batch, with "error" where it does
 not compile (the exit status is then 1). Without --batch there are more of the train steps for one
@@ -30,6 +31,8 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -47,7 +50,6 @@ os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
-import libtpu
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
@@ -144,7 +146,7 @@ def trace(
     row |= {"batch_per_chip": batch, "dtype": dtype}
     row["model_tflops"] = round(flops / 1e12, 3)
     row["program"] = fingerprint(lowered)
-    row |= {"options": compiler_options(mesh), "libtpu": libtpu.__version__}
+    row |= {"options": compiler_options(mesh), "libtpu": importlib.metadata.version("libtpu")}
     return row | {"jax": jax.__version__}, lowered
 
 
@@ -270,8 +272,9 @@ def update(rows: list[dict[str, Any]]) -> None:
 
 def topologies_among(text: str) -> list[str]:
     """For argparse: topologies that libtpu knows, with commas between."""
-    names = names_among(tuple(CHIPS))(text)
+    names = text.split(",")
     for name in names:
+        names_among(tuple(CHIPS))(name.partition(":")[0])
         try:
             mesh_of(name)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as e:
@@ -282,14 +285,22 @@ def topologies_among(text: str) -> list[str]:
 
 
 def make_row(
-    flags: argparse.Namespace, name: str, step: str, topology: str, batch: int, level: str
+    flags: argparse.Namespace,
+    name: str,
+    step: str,
+    topology: str,
+    batch: int,
+    level: str | None,
+    otherwise: str = "O0",
 ) -> dict[str, Any] | None:
     """The row of a step, which is printed, recorded and written down as `flags` say.
 
+    Without a `level` it is `otherwise`, or that of the row whose place it takes if that is higher.
     None: it does not compile.
     """
     row, lowered = trace(name, step, topology, batch, flags.dtype)
     recorded = read_record().get(key(row)) if flags.update else None
+    level = level or (recorded["level"] if recorded and otherwise == "O0" else otherwise)
     # Who tried harder knows the rest, too.
     if recorded and is_known(row, recorded) and recorded["level"] in (level, HARDEST):
         row = recorded | row  # The model's own work may be counted otherwise by now.
@@ -337,6 +348,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")
     parser.add_argument("--update", action="store_true", help="docs/scale.md and its .jsonl")
+    if not importlib.util.find_spec("libtpu") and not {"-h", "--help"} & set(sys.argv):
+        parser.error("no compiler for TPUs is installed: pip install 'jax[tpu]' brings it")
     flags = parser.parse_args()
     if flags.update and flags.dtype != "bfloat16":
         parser.error("--update: the record is of bfloat16")
@@ -344,8 +357,8 @@ def main() -> int:
         update([])
     failed = False
     for topology, name, step in itertools.product(flags.topology, flags.config, flags.step):
-        level = flags.level or (HARDEST if topology in ESTIMATED else "O0")
-        row = make_row(flags, name, step, topology, flags.batch or ROWS, level)
+        otherwise = HARDEST if topology in ESTIMATED else "O0"
+        row = make_row(flags, name, step, topology, flags.batch or ROWS, flags.level, otherwise)
         if not flags.batch and step == "train" and topology in ESTIMATED and row and row["fits"]:
             for batch in larger_batches(row):
                 row = make_row(flags, name, step, topology, batch, "O0")

@@ -187,14 +187,14 @@ class Trainer:
     ):
         self.config = config
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-        size, accumulate = config.train.batch_size, config.train.accumulate
-        if size % (accumulate * self.mesh.size):
-            above = -(-size // (accumulate * self.mesh.size)) * accumulate * self.mesh.size
-            below = above - accumulate * self.mesh.size
+        size, accumulate, devices = config.train.batch_size, config.train.accumulate, self.mesh.size
+        below = size - size % (accumulate * devices)
+        if below != size:
+            near = [n for n in (below, below + accumulate * devices) if n]
             raise UserError(
                 f"config.train.batch_size={size} with config.train.accumulate={accumulate} gives "
-                f"{size / accumulate:g} rows at a time, which {self.mesh.size} devices cannot share "
-                f"evenly: take {f'{below} or {above}' if below else above}"
+                f"{size / accumulate:g} rows at a time, which {devices} devices cannot share "
+                f"evenly: take {' or '.join(map(str, near))}"
             )
         self.source = data.open_source(config.data, config.data.train_split)
         self.tokenizer = tokenizer

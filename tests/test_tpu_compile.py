@@ -80,6 +80,18 @@ def test_a_step_fits_the_smallest_chip(name, step):
     assert mib["all-gather"] > 200  # and the parameters that were made of it.
 
 
+@pytest.mark.parametrize(
+    ("name", "topology"), [("lavt", "v4:2x2x1"), ("cris", "v5p:4x8x8"), ("cris", "v6e:16x16")]
+)
+def test_a_step_fits_other_chips(name, topology):
+    """A few of them: each generation has kernels, or forms of one, that others have not."""
+    row, lowered = tpu_compile.trace(name, "eval", topology, 8)
+    recorded = RECORD[tpu_compile.key(row)]
+    if not tpu_compile.is_known(row, recorded):
+        recorded, _ = tpu_compile.estimate(row, lowered)
+    assert recorded["fits"] and not recorded["collectives"]
+
+
 def test_a_program_does_not_tell_where_its_source_is():
     mesh = tpu_compile.mesh_of("v5e:2x2")
     x = jax.ShapeDtypeStruct((4, 16, 128), jnp.bfloat16, sharding=batch_sharding(mesh))
@@ -459,6 +471,34 @@ def test_another_program_or_compiler_is_compiled(recorded, what, monkeypatch, ca
     assert errors == ["INTERNAL: no room"] * 2
 
 
+def test_a_row_keeps_its_level(recorded, monkeypatch):
+    recorded["program"], levels = "another", []
+
+    def estimate(row, lowered, level):
+        levels.append(level)
+        return row | {"level": level, "fits": True, "peak_gib": 1.25}, ""
+
+    monkeypatch.setattr(tpu_compile, "estimate", estimate)
+    for level, topology in (
+        (tpu_compile.HARDEST, "v4:2x2x1"),  # The row that it replaces has cycles.
+        ("O0", "v4:4x8x8"),
+        (tpu_compile.HARDEST, "v5e:2x2"),  # Also if the row there has none.
+    ):
+        if topology == "v5e:2x2":
+            assert run_update(monkeypatch, "--level", "O0") == 0 and levels.pop() == "O0"
+            recorded["program"] = "a third"
+        assert run_update(monkeypatch, "--topology", topology) == 0 and levels.pop() == level
+
+
+def test_without_a_compiler_for_tpus_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(tpu_compile.importlib.util, "find_spec", lambda name: None)
+    for words, status in ((["--topology", "v5e:2x2"], 2), (["--help"], 0)):
+        monkeypatch.setattr(sys, "argv", ["tpu_compile", *words])
+        with pytest.raises(SystemExit, match=str(status)):
+            tpu_compile.main()
+    assert "pip install 'jax[tpu]'" in capsys.readouterr().err
+
+
 def test_the_most_rows_that_fit_are_looked_for(recorded, monkeypatch):
     recorded["program"] = "another"
     tried = []
@@ -487,6 +527,9 @@ def test_the_most_rows_that_fit_are_looked_for(recorded, monkeypatch):
     [
         (["--topology", "v5e:3x5"], "'v5e:3x5' is no topology"),
         (["--topology", "v5e"], "'v5e' is no topology"),
+        (["--topology", "v9:2x2"], "'v9' is not one of v4, "),
+        (["--step", "train:foo"], "'train:foo' is not one of train, eval"),
+        (["--config", "lavt:xyz"], "'lavt:xyz' is not one of "),
         (["--batch", "0"], "0 is not positive"),
         (["--dtype", "float32"], "the record is of bfloat16"),
     ],
