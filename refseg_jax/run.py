@@ -14,6 +14,7 @@ from etils import epath
 from refseg_jax import bounds, checkpoint, data, details, evaluate
 from refseg_jax.data.files import locked
 from refseg_jax.data.pipeline import CannotShuffle
+from refseg_jax.data.sets import set_name
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError, file_errors
 from refseg_jax.logging import read_metrics
@@ -31,10 +32,11 @@ FREE_FIELDS = (
     "model.swin.cudnn",
 )  # fmt: skip
 
-# And what no score depends on.
+# And what no score depends on, and what is scored. The tokenizer is the run's own.
 FREE_IN_EVALUATION = (
     "train.", "optim.", "init.", "seed", "data.sampling", "data.train_split",
-    "data.shapes_scenes.train",
+    "data.dataset", "data.split_by", "data.merged", "data.select_split", "data.shapes_scenes",
+    "data.tokenizer",
 )  # fmt: skip
 
 # Of how many examples of each case the report shows how the mask came about.
@@ -61,10 +63,13 @@ def _run(
 ) -> dict[str, Any]:
     if mode == "evaluate":
         checkpoint.check_trained(workdir)  # Else `prepare` would make it a run of this config.
-        tokenizer = prepare(config, workdir, FREE_FIELDS + FREE_IN_EVALUATION)
+        tokenizer = prepare(
+            config, workdir, FREE_FIELDS + FREE_IN_EVALUATION, "the config that it was trained with"
+        )
         trained = checkpoint.read_config(workdir)
         for section in ("train", "optim", "init"):  # The report shows what the run was made with.
             config[section] = trained[section]
+        config.data.tokenizer = trained.data.tokenizer
         with ending_on_sigterm():
             return evaluate_run(config, tokenizer, workdir)
     with _sole(workdir):
@@ -93,11 +98,14 @@ def _sole(workdir: str) -> Iterator[None]:
 
 
 def prepare(
-    config: ml_collections.ConfigDict, workdir: str, free: tuple[str, ...] = FREE_FIELDS
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    free: tuple[str, ...] = FREE_FIELDS,
+    otherwise: str = "another --workdir, or the same config to resume",
 ) -> Tokenizer:
     """Makes `workdir` the directory of this run, or checks that it already is.
 
-    Fields that begin with one of `free` may differ.
+    Fields that begin with one of `free` may differ; `otherwise` is what to give if others do.
 
     Fills in what depends on the tokeniser, and writes it and the config beside the checkpoints.
 
@@ -114,7 +122,7 @@ def prepare(
         if changed:
             raise UserError(
                 f"{workdir} holds a run with another config ({', '.join(changed[:8])}): "
-                "give another --workdir, or the same config to resume"
+                f"give {otherwise}"
             )
     elif jax.process_index() == 0:
         if "://" not in workdir:  # A bucket has no folders.
@@ -172,6 +180,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Scores the best checkpoint on every evaluation split; writes the table, JSON and report.
 
+    Of other data than the run's own the files have the dataset in their names.
+
     Returns what the summary says of it: best_step, {split}/mIoU and {split}/oIoU of each split,
     {split}/mIoU_shuffled of select_split and val (the control: the same model, each image given
     another one's expression; left out where one ref has more than half of them), report. Where
@@ -181,7 +191,9 @@ def evaluate_run(
       UserError: there is no checkpoint, it does not fit, or a split is missing.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    _, model, variables = load_run(workdir, replicated(mesh))
+    trained, model, variables = load_run(workdir, replicated(mesh))
+    own, scored = (set_name(c.data.dataset, c.data.split_by) for c in (trained, config))
+    of_which = "" if scored == own else f"-{scored}"
     predict_fn = make_predict_step(model, batch_sharding(mesh))
 
     select = config.data.select_split
@@ -208,11 +220,12 @@ def evaluate_run(
                 print(f"{split}: no control, {error}", file=sys.stderr)
     shuffled = {f"{split} (shuffled expressions)": control for split, control in controls.items()}
     everything = {**results, **shuffled}
-    report = epath.Path(workdir) / "report.html"
+    report = epath.Path(workdir) / f"report{of_which}.html"
     step = max(checkpoint.saved_steps(workdir, "best"), default=0)
     if jax.process_index() == 0:
         print(evaluate.format_table(everything))
-        evaluate.write_json(epath.Path(workdir) / "results.json", everything, step=step)
+        results_path = epath.Path(workdir) / f"results{of_which}.json"
+        evaluate.write_json(results_path, everything, step=step)
         write_report(
             report,
             title=f"{config.model.name} on {config.data.dataset}, step {step}",

@@ -123,9 +123,15 @@ def test_an_evaluation_needs_no_field_of_training(tmp_path):
     run.prepare(other, workdir, free)
     with pytest.raises(UserError, match=r"optim.lr: 0.0005 there, 1.0 now, train.steps"):
         run.prepare(other, workdir)
+    # Nor the data that the run was trained on.
+    other.data.update(dataset="refcoco+", split_by="unc", select_split="testA", tokenizer="other")
+    other.data.shapes_scenes.update(val=3)
+    run.prepare(other, workdir, free)
     other.model.update(dim=32, name="another")
     with pytest.raises(UserError, match=r"another config \(model.name: alignformer there"):
         run.prepare(other, workdir, free)
+    with pytest.raises(UserError, match=r"alignformer there, another now.*: give what it was$"):
+        run.prepare(other, workdir, free, "what it was")
 
 
 def test_a_run_from_before_a_field_of_speed_goes_on(tmp_path):
@@ -205,6 +211,17 @@ def test_without_a_control_the_scores_are_there(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert list(results) == ["val"]
     assert "val: no control, expressions cannot be shuffled" in capsys.readouterr().err
+
+    # Scores on other data stand beside those on the run's own.
+    trained = config.copy_and_resolve_references()
+    config.data.update(dataset="refcoco+", split_by="unc")
+    monkeypatch.setattr(run, "load_run", lambda *_: (trained, None, {}))
+    before = (tmp_path / "report.html").read_bytes()
+    summary = run.evaluate_run(config, data.load_tokenizer("shapes"), str(tmp_path))
+    assert summary["report"] == str(tmp_path / "report-refcoco+_unc.html")
+    assert (tmp_path / "report-refcoco+_unc.html").exists()
+    assert (tmp_path / "results-refcoco+_unc.json").exists()
+    assert (tmp_path / "report.html").read_bytes() == before
 
 
 @pytest.mark.parametrize(
