@@ -70,6 +70,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def _check_model(section: Mapping[str, Any], where: str) -> None:
     """Raises a UserError where a number of `section`, of the model's, is none for its kind."""
+    for name in ("embed_dim", "width") if section.get("positions") else ():
+        if section.get(name, 0) % 4:
+            raise UserError(
+                f"{where}.{name}={section[name]}: with {where}.positions it must be a multiple of 4"
+            )
     for name, value in section.items():
         if isinstance(value, ml_collections.ConfigDict):
             _check_model(value, f"{where}.{name}")

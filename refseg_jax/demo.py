@@ -15,7 +15,7 @@ import numpy as np
 from refseg_jax import checkpoint, pictures
 from refseg_jax.data import Source, open_source
 from refseg_jax.errors import UserError, command
-from refseg_jax.predict import Predictor, describe, facts, load_image
+from refseg_jax.predict import Predictor, describe, facts, load_image, warnings
 from refseg_jax.processes import use_compile_cache
 
 EXAMPLES = 6
@@ -39,9 +39,7 @@ def answer(
         raise UserError("there is no image yet: choose one")
     pixels = load_image(image)
     found = predictor(pixels, text)
-    told = describe(facts(found))
-    if found.truncated:
-        told += "\nThe expression is too long, its end was ignored."
+    told = "\n".join((describe(facts(found)), *warnings(facts(found))))
     mask, heat = found.mask, pictures.heat(pixels, found.probability)
     if max(mask.shape) < SIDE:
         pixels, mask, heat = (pictures.fit(picture, SIDE) for picture in (pixels, mask, heat))

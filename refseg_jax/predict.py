@@ -1,6 +1,7 @@
 """Image + expression -> mask. As a class (`Predictor`) and as a command:
 
-python -m refseg_jax.predict --workdir W --image photo.jpg --text "the dog on the left" [--out DIR]
+python -m refseg_jax.predict --workdir W --image photo.jpg --text "the dog on the left"
+                             [--text "the cat" ...] [--out DIR]
 """
 
 import argparse
@@ -9,7 +10,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from PIL import Image, ImageOps
 from refseg_jax import checkpoint, models, pictures
 from refseg_jax.data import transforms
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.errors import UserError, command
+from refseg_jax.errors import UserError, command, say
 from refseg_jax.models.layers.resize import resize_bicubic, resize_bilinear
 from refseg_jax.processes import use_compile_cache
 from refseg_jax.sharding import jit_on_mesh, mesh_of_one, replicated
@@ -66,11 +67,13 @@ class Prediction:
       mask: bool [H, W], True = the referred object.
       probability: f32 [H, W], foreground probability.
       truncated: the expression was longer than the model reads, and its end was ignored.
+      unknown: words of it for which the tokenizer has but one token, whatever they are.
     """
 
     mask: np.ndarray
     probability: np.ndarray
     truncated: bool = False
+    unknown: tuple[str, ...] = ()
 
     @property
     def confidence(self) -> float:
@@ -226,7 +229,7 @@ class Predictor:
         probability = transforms.resize_map(probability, *back).clip(0, 1)
         mask = probability > self.threshold
         mask &= mask.sum() >= self.no_target_area
-        return Prediction(mask, probability, truncated)
+        return Prediction(mask, probability, truncated, self.tokenizer.unknown(text))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -235,17 +238,24 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workdir", required=True, help="directory of a training run")
     parser.add_argument("--image", required=True, help="image file, any size")
-    parser.add_argument("--text", required=True, help="the expression, e.g. 'the dog on the left'")
-    parser.add_argument("--out", default=".", help="where the two PNG files go (default: here)")
+    parser.add_argument(
+        "--text",
+        required=True,
+        action="append",
+        help="the expression, e.g. 'the dog on the left'; may be given again, each has its files",
+    )
+    parser.add_argument("--out", default=".", help="where the PNG files go (default: here)")
     parser.add_argument(
         "--threshold", type=float, help="foreground probability (default: the run's)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each text")
     return parser.parse_args(argv)
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Predicts, writes `<stem>_mask.png` and `<stem>_overlay.png`, and returns what to print.
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Predicts, writes `<stem>_mask.png` and `<stem>_overlay.png`, and yields what to print.
+
+    Of several texts the files are `<stem>_1_mask.png` and so on.
 
     Raises:
       UserError: see `Predictor`; or the output directory cannot be written.
@@ -258,31 +268,45 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     predictor = Predictor.from_workdir(arguments.workdir)
     if arguments.threshold is not None:
         predictor.threshold = arguments.threshold
-    prediction = predictor(image, arguments.text)
-    drawn = pictures.caption(pictures.overlay(image, prediction.mask), arguments.text)
-    paths = {}
-    try:
-        out = pathlib.Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
+    stem, out = pathlib.Path(arguments.image).stem, pathlib.Path(arguments.out)
+    for number, text in enumerate(arguments.text, 1):
+        prediction = predictor(image, text)
+        drawn = pictures.caption(pictures.overlay(image, prediction.mask), text)
         # Black and white in bytes: what reads one bit as a number would have 1 for white.
         mask = prediction.mask.astype(np.uint8) * 255
-        for name, picture in (("mask", mask), ("overlay", drawn)):
-            paths[name] = str(out / f"{pathlib.Path(arguments.image).stem}_{name}.png")
-            Image.fromarray(picture).save(paths[name])
-    except OSError as e:
-        raise UserError(f"cannot write to --out {arguments.out}: {e}") from e
-    return {"text": arguments.text, **facts(prediction), **paths}
+        each = f"{stem}_{number}" if len(arguments.text) > 1 else stem
+        paths = {name: str(out / f"{each}_{name}.png") for name in ("mask", "overlay")}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(paths["mask"])
+            # A photo is hardly smaller for the many times as long that more effort takes.
+            Image.fromarray(drawn).save(paths["overlay"], compress_level=1)
+        except OSError as e:
+            raise UserError(f"cannot write to --out {arguments.out}: {e}") from e
+        yield {"text": text, **facts(prediction), **paths}
 
 
 def facts(prediction: Prediction) -> dict[str, Any]:
     """What a prediction is in numbers, ready for JSON."""
     return {
         "truncated": prediction.truncated,
+        "unknown": prediction.unknown,
         "confidence": round(prediction.confidence, 4),
         "area": prediction.area,
         "area_fraction": round(prediction.area_fraction, 6),
         "box": prediction.box,
     }
+
+
+def warnings(result: Mapping[str, Any]) -> list[str]:
+    """What of the expression the model could not read, a sentence each; of `facts`."""
+    found = []
+    if result["truncated"]:
+        found.append("The expression is too long, its end was ignored.")
+    if result["unknown"]:
+        words = ", ".join(repr(word) for word in result["unknown"])
+        found.append(f"The model does not know {words}, nor one such word from another.")
+    return found
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -305,10 +329,15 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for bad input."""
     arguments = _arguments(argv)
     use_compile_cache()
-    result = run(arguments)
-    if result["truncated"]:
-        print("warning: the expression is too long, its end was ignored", file=sys.stderr)
-    print(json.dumps(result) if arguments.json else describe(result))
+    for number, result in enumerate(run(arguments)):
+        for warning in warnings(result):
+            say(f"warning: {warning}")
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+            continue
+        if len(arguments.text) > 1:
+            print(f"{chr(10) * bool(number)}{result['text']}")
+        print(describe(result), flush=True)
     return 0
 
 

@@ -209,6 +209,27 @@ def test_command_line(workdir, photo, tmp_path, capsys):
     assert err.startswith("warning: ")
 
 
+def test_several_texts(workdir, photo, tmp_path, capsys):
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    arguments = ["--workdir", workdir, "--image", str(tmp_path / "a.png"), "--out", str(tmp_path)]
+    texts = ["the red half", "красный half", "red"]
+    arguments += [word for text in texts for word in ("--text", text)]
+    assert predict.main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result["text"] for result in results] == texts
+    assert [result["unknown"] for result in results] == [[], ["красный"], []]
+    assert err.count("\n") == 1 and "does not know 'красный'" in err
+    for number, result in enumerate(results, 1):
+        assert result["mask"] == str(tmp_path / f"a_{number}_mask.png")
+        assert Image.open(result["mask"]).size == (50, 32)
+        assert Image.open(result["overlay"]).height > 32
+    assert predict.main(arguments) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == texts
+    assert all("confidence  " in block and "_overlay.png" in block for block in blocks)
+
+
 def test_a_bucket_without_its_library_is_one_line(photo, tmp_path, monkeypatch, capsys):
     def absent(workdir):
         raise ImportError("Please install gcsfs to access Google Storage")
