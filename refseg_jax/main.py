@@ -31,6 +31,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         remaining = flags.FLAGS(argv)
         if flags.FLAGS.config is None:
             raise UserError("--config is missing, e.g. --config configs/alignformer.py")
+        file = flags.FLAGS["config"].config_filename.partition(":")[0]
+        if not os.path.exists(file):
+            raise UserError(f"there is no config file {file}; one is configs/alignformer.py")
         flags.FLAGS.config.lock()  # A config that could not be loaded says so at its first use.
         if len(remaining) > 1:
             raise UserError(f"unexpected argument {remaining[1]!r}")

@@ -233,6 +233,7 @@ FAULTS = [
     ({"image": [1], "ann_id": 5, "sentences": ["x"]}, "is not in the instances file"),
     ({"image": "a.png", "polygon": [1, 2], "sentences": ["x"]}, "its polygon encloses nothing"),
     ({"image": "a.png", "polygon": [], "sentences": ["x"]}, "its polygon encloses nothing"),
+    ({"image": "a.png", "polygon": [0.1, 0.1, 0.8, 0.2, 1, 0.9], "sentences": ["x"]}, "not shares"),
     ({"image": "a.png", "mask": "none.png", "sentences": ["x"]}, "there is no mask .*none.png"),
     ({"image": "a.png", "mask": "n" * 300, "sentences": ["x"]}, "there is no mask .*nnn"),
     ({"image": "a.png", "mask": "../x.png", "sentences": ["x"]}, "'../x.png' lies outside"),
@@ -358,7 +359,7 @@ def words_in_latin_1(root):
         (mask_without_words, "there is no .*expressions/a.txt"),
         (words_without_mask, "no mask of that name"),
         (mask_without_image, "no image of that name"),
-        (empty_words, "'sentences' are not"),
+        (empty_words, "expressions/a.txt is empty"),
         (words_in_latin_1, "a.txt is not UTF-8"),
     ],
 )

@@ -85,6 +85,8 @@ def faulty(tmp_path):
     expected[checks.BLANK].append("train: ref 30: sentence 3000")
     add(31, checks.LONG, "train: ref 31: sentence 3100: 22 tokens, 20 are read",
         texts=("the box " * 5,))  # fmt: skip
+    add(34, checks.WHOLE, "train: ref 34",
+        segmentation=[[0, 0, WIDTH, 0, WIDTH, HEIGHT, 0, HEIGHT]])  # fmt: skip
     add(32, None, ann=[-1])  # No target: no fault.
     refs.append(copy.deepcopy(refs[-1]))
     both = "train: ref 32"
@@ -109,7 +111,7 @@ def test_every_planted_fault_is_listed(faulty, capsys):
             assert any(other.startswith(line) for other in found), (line, found)
             assert line in checker.text
     train = result["splits"]["train"]
-    assert (train["refs"], train["without_target"]) == (3 + 14 - 3 + 1, 2)
+    assert (train["refs"], train["without_target"]) == (3 + 15 - 3 + 1, 2)
     assert train["mask_share"]["min"] == 0
     # Of the record whose id came first.
     assert result["splits"]["testA"]["mask_share"]["max"] == pytest.approx(66 / 600)

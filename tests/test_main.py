@@ -24,7 +24,8 @@ def main(*arguments, cwd=REPO, **env):
     "arguments, expected",
     [
         ([], "--config is missing"),
-        (["--config", "configs/alignforma.py"], "configs/alignforma.py"),
+        (["--config", "configs/alignforma.py"], "there is no config file configs/alignforma.py"),
+        (["--config", "alignformer"], "there is no config file alignformer"),
         (["--config", "configs/alignformer.py:refcocco"], "did you mean 'refcoco'"),
         (["--config", "configs/alignformer.py:refcoco,refcoco+"], "more than one dataset"),
         (["--config", "configs/lavt.py:swin_small"], "the small model has encoders of its own"),
@@ -35,7 +36,7 @@ def main(*arguments, cwd=REPO, **env):
         (["--config", "configs/alignformer.py", "--workdri=x"], "workdri"),
         (["--config", "configs/alignformer.py", "train"], "unexpected argument 'train'"),
         (["--config", "configs/alignformer.py:refcoco", "--config.data.root=nowhere",
-          "--config.data.tokenizer=shapes"], "nowhere"),
+          "--config.data.tokenizer=shapes"], "config.data.root=nowhere: nowhere/refcoco/"),
         (["--config", "configs/alignformer.py", "--config.data.train_split=trian"], "trian"),
         (["--config", "configs/alignformer.py", "--config.model.fusion=both"], "fusion='both'"),
         (["--config", "configs/alignformer.py", "--config.data.sampling=all"], "sampling"),

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from refseg_jax import checkpoint, data, details, models, run
+from refseg_jax import bounds, checkpoint, data, details, models, run
 from refseg_jax.data.files import locked
 from refseg_jax.data.shapes import ShapesSource
 from refseg_jax.errors import UserError
@@ -242,6 +242,20 @@ def test_heads_that_do_not_divide_a_width_are_an_error(name, field, message):
     node[field] = 7 if isinstance(node[field], int) else (7, *node[field][1:])
     with pytest.raises(UserError, match=message):
         models.build(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("alignformer", "swin.embed_dim"), ("cris", "vision.width"), ("jmceln", "vision.width")],
+)
+def test_a_width_that_places_do_not_fit_is_an_error(name, field):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    section, field = field.split(".")
+    config.model[section][field] += 2
+    with pytest.raises(UserError, match=f"{section}.{field}=.* a multiple of 4"):
+        bounds.check(config)
+    config.model[section].positions = False
+    bounds.check(config)
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))

@@ -159,6 +159,9 @@ def test_bad_files(tmp_path, monkeypatch):
     (tmp_path / "vocab.txt").write_text("[PAD]\na\n")
     with pytest.raises(UserError, match=r"without \[CLS\], \[SEP\]"):
         Tokenizer.load(tmp_path / "vocab.txt")
+    for name in (tmp_path / "gone", tmp_path / "gone" / "tokenizer.json", "vocab.txt"):
+        with pytest.raises(UserError, match=f"no tokenizer at {name}: there is no such"):
+            Tokenizer.load(name)
     with pytest.raises(UserError, match="no tokenizer"):
         Tokenizer.load(str(tmp_path / "nowhere" / "model"))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from refseg_jax.data.records import Source
 from refseg_jax.data.tokenizer import Tokenizer
+from refseg_jax.errors import UserError
 
 
 def open_sources(config: Any, splits: Iterable[str]) -> dict[str, Source]:
@@ -23,10 +24,13 @@ def open_sources(config: Any, splits: Iterable[str]) -> dict[str, Source]:
     from refseg_jax.data import sets
 
     text_field = config.get("text_field", "raw")  # Runs of earlier versions have none.
-    if config.dataset == sets.MERGED:
-        return {s: sets.open_merged(config.root, config.merged, s, text_field) for s in splits}
-    name = sets.set_name(config.dataset, config.split_by)
-    return sets.open_set(config.root, name, splits, text_field=text_field)
+    try:
+        if config.dataset == sets.MERGED:
+            return {s: sets.open_merged(config.root, config.merged, s, text_field) for s in splits}
+        name = sets.set_name(config.dataset, config.split_by)
+        return sets.open_set(config.root, name, splits, text_field=text_field)
+    except UserError as error:
+        raise UserError(f"config.data.root={config.root}: {error}") from error
 
 
 def open_source(config: Any, split: str) -> Source:

@@ -86,6 +86,9 @@ def read(path: pathlib.Path) -> Any:
     """
     try:
         data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
         # No pickle begins with a bracket, whatever its name.
         if path.suffix.lower() == ".json" or re.match(rb"\s*[\[{]", data):
             return json.loads(data)

@@ -26,6 +26,7 @@ LONG = "sentences over the token limit"
 IMAGE = "images that cannot be read"
 MASK = "masks that cannot be drawn"
 EMPTY = "masks without a pixel, of refs with a target"
+WHOLE = "masks of a whole image"
 BEYOND = "masks that reach beyond their image"
 LEAK = "images of train that are in another split"
 
@@ -63,6 +64,8 @@ def look(
             values["mask_share"].append(mask.mean())
             if not mask.any():
                 report(EMPTY, where)
+            elif mask.all():
+                report(WHOLE, where)
         objects[ref.image_id].update(ref.ann_ids)
         values["sentences_per_ref"].append(len(ref.sentences))
         for sentence in ref.sentences:

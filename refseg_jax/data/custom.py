@@ -91,7 +91,9 @@ class CustomSource(RefList):
             if mask.shape != size:
                 raise ValueError(f"it is {mask.shape}, its image {size} (height, width)")
             if not mask.any():
-                raise ValueError('no pixel (for expressions that fit nothing, give "ann_id": [])')
+                raise ValueError(
+                    'no pixel (for expressions that fit nothing JSON lines have "ann_id": [])'
+                )
         except ValueError as error:
             raise UserError(f"{where}: its region cannot be used: {error}") from error
         return mask
@@ -174,12 +176,15 @@ def read_folder(
         text = root / "expressions" / texts[stem]
         owner = max((s for s in images if _owns(s, stem)), key=len, default=None)
         if owner is None:
-            raise UserError(f"there is no image of that name in {root / 'images'}")
+            kinds = ", ".join(_PICTURES)
+            raise UserError(f"there is no image of that name in {root / 'images'} (of {kinds})")
         try:
             lines = read_bytes(text).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"{text} is not UTF-8 ({error.reason})") from None
         sentences = [line for line in lines if line.strip()]
+        if not sentences:
+            raise UserError(f"{text} is empty")
         return {"image": images[owner], "mask": masks[stem], "sentences": sentences}
 
     reader = _Reader(root / "images", root / "masks", None)
@@ -268,6 +273,11 @@ class _Reader:
             path = _inside(self._images, entry["image"], "image")
             size = _size(region if isinstance(region, pathlib.Path) else path)
             image = ImageFile(self._name(entry["image"]), *size)
+        if given == ["polygon"] and _are_shares(region, image):
+            raise UserError(
+                f"its polygon is within one pixel of {image.width} x {image.height}: coordinates "
+                "are pixels, not shares of the image"
+            )
         try:
             rle.check_size(image.height, image.width)
         except ValueError as error:
@@ -320,6 +330,13 @@ class _Reader:
             if isinstance(category, int) and category in self._coco["categories"]:
                 names.add(self._coco["categories"][category]["name"])
         return parts, names.pop() if len(names) == 1 else ""
+
+
+def _are_shares(region: list, image: ImageFile) -> bool:
+    """Whether polygons are written in shares of the image, as some formats have it."""
+    numbers = [number for part in region if isinstance(part, list) for number in part]
+    fitting = (isinstance(number, int | float) and 0 <= number <= 1 for number in numbers)
+    return bool(numbers) and all(fitting) and min(image.height, image.width) > 1
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import collections
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,6 +105,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: nothing of it can be read, or the page cannot be written.
     """
+    # Not only after all of the data was read.
+    if not os.access(
+        args.out if os.path.exists(args.out) else os.path.dirname(args.out) or ".", os.W_OK
+    ):
+        raise UserError(
+            f"cannot write the page {args.out}: no such folder, or not ours to write to"
+        )
     found: dict[str, dict[str, None]] = collections.defaultdict(dict)  # Each line once, in order.
 
     def report(sort: str, line: str) -> None:

@@ -112,6 +112,8 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer file: {error}") from error
+        if path.suffix in (".json", ".txt", ".gz") or path.is_absolute():  # No name of a model.
+            raise UserError(f"no tokenizer at {name}: there is no such file or folder")
         import transformers  # slow to import, and only names need it
 
         try:
@@ -119,7 +121,8 @@ class Tokenizer:
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
                 f"no tokenizer {str(name)!r}: neither a file or folder here nor a model that "
-                f"Hugging Face can give ({str(error).splitlines()[0]})"
+                f"Hugging Face can give ({str(error).splitlines()[0]}): where there is no "
+                f"connection give a folder with its {FILE_NAME} or vocab.txt"
             ) from error
 
     @classmethod

@@ -56,8 +56,8 @@ def convert_run(
             f"(of {', '.join(TABLES)} there are)"
         )
     bounds.check(config)
+    read = read_checkpoint(source)  # Before a tokenizer is asked for, which may take long.
     run.fit_tokenizer(config, config.data.tokenizer)
-    read = read_checkpoint(source)
     arrays = read.arrays
     if text_source:
         arrays = with_text(config.model.name, arrays, read_checkpoint(text_source).arrays)
