@@ -171,6 +171,27 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values)
 
 
+def changed_fields(old: Any, new: Any, free: tuple[str, ...] = ()) -> list[str]:
+    """The fields of two configs that differ, as JSON sees them; the model's name first.
+
+    Left out are those that begin with one of `free`.
+    """
+
+    def flatten(tree, prefix=""):
+        if not isinstance(tree, dict):
+            return {prefix[:-1]: tree}
+        return {
+            k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}{key}.").items()
+        }
+
+    old, new = (flatten(json.loads(c.to_json_best_effort())) for c in (old, new))
+    return [
+        f"{name}: {old.get(name)} there, {new.get(name)} now"
+        for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.name", name))
+        if old.get(name) != new.get(name) and not name.startswith(free)
+    ]
+
+
 def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
     """Writes down what a run is trained on, `data.identity`; if `resumed`, compares it.
 

@@ -1,7 +1,6 @@
 """A run from start to end: its directory, training, evaluation, report, and the summary."""
 
 import contextlib
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -118,7 +117,7 @@ def prepare(
     tokenizer_path = root / checkpoint.TOKENIZER_FILE
     tokenizer = fit_tokenizer(config, str(tokenizer_path) if started else config.data.tokenizer)
     if started:
-        changed = _changed_fields(checkpoint.read_config(workdir), config, free)
+        changed = checkpoint.changed_fields(checkpoint.read_config(workdir), config, free)
         if changed:
             raise UserError(
                 f"{workdir} holds a run with another config ({', '.join(changed[:8])}): "
@@ -155,24 +154,6 @@ def fit_tokenizer(config: ml_collections.ConfigDict, source: str) -> Tokenizer:
             f"tokenizer {config.data.tokenizer}, which has {tokenizer.vocab_size} entries"
         )
     return tokenizer
-
-
-def _changed_fields(old: Any, new: Any, free: tuple[str, ...]) -> list[str]:
-    """The fields that differ, as JSON sees them, but for `free` ones; the model's name first."""
-
-    def flatten(tree, prefix=""):
-        if not isinstance(tree, dict):
-            return {prefix[:-1]: tree}
-        return {
-            k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}{key}.").items()
-        }
-
-    old, new = (flatten(json.loads(c.to_json_best_effort())) for c in (old, new))
-    return [
-        f"{name}: {old.get(name)} there, {new.get(name)} now"
-        for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.name", name))
-        if old.get(name) != new.get(name) and not name.startswith(free)
-    ]
 
 
 def evaluate_run(

@@ -163,7 +163,8 @@ def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path):
     make = tiny.config(train__steps=1, eval__limit_in_training=3)
     train.train(make, run.prepare(make, str(tmp_path / "a")), str(tmp_path / "a"))
     config = tiny.config(model__dim=32, init__checkpoint=str(tmp_path / "a"))
-    with pytest.raises(UserError, match="does not fit this model .*has shape"):
+    differs = r"differs in model.dim: 16 there, 32 now\): .* does not fit this model .*has shape"
+    with pytest.raises(UserError, match=differs):
         train.train(config, run.prepare(config, str(tmp_path / "b")), str(tmp_path / "b"))
     same = tiny.config(init__checkpoint=str(tmp_path / "a"))
     trainer = None

@@ -68,7 +68,10 @@ def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dic
         try:
             loaded = checkpoint.load_variables(source, variables, here)
         except UserError as error:
-            raise UserError(f"config.init.checkpoint={source}: {error}") from error
+            changed = checkpoint.changed_fields(checkpoint.read_config(source), config)
+            changed = [field for field in changed if field.startswith("model.")][:8]
+            differs = f" (differs in {', '.join(changed)})" if changed else ""
+            raise UserError(f"config.init.checkpoint={source}{differs}: {error}") from error
         return jax.tree.map(np.asarray, loaded), f"all parameters from {source}"
     if source:
         if config.model.name not in released.TABLES:
