@@ -111,8 +111,12 @@ look() {
   local answer
   if ! answer=$(state 2>&1); then
     # Anything but a clear "there is none" may pass, such as a broken line.
-    [[ $answer == *NOT_FOUND* ]] || unanswered "${answer##*$'\n'}"
-    [[ $answer != *NOT_FOUND* ]] || create || fail "the request for a pod was refused"
+    if [[ $answer == *NOT_FOUND* ]]; then
+      silences=0
+      create || fail "the request for a pod was refused"
+    else
+      unanswered "${answer##*$'\n'}"
+    fi
     return 1
   fi
   [[ $answer ]] || { unanswered "nothing is said of the request" && return 1; }
@@ -120,8 +124,8 @@ look() {
     ACTIVE) ;;
     SUSPENDED)
       note "preempted"
-      failures=0
-      delete || failed "the pod could not be deleted"
+      silences=0
+      if delete; then failures=0; else failed "the pod could not be deleted"; fi
       return 1
       ;;
     FAILED)
@@ -135,7 +139,7 @@ look() {
       return 1
       ;;
   esac
-  answer=$(progress 2>&1) || { unanswered "no answer of worker 0: ${answer##*$'\n'}" && return 1; }
+  answer=$(progress 2>&1) || { unanswered "no answer of worker 0: ${answer//$'\n'/ }" && return 1; }
   silences=0
   case $'\n'$answer$'\n' in # Beside what gcloud has to say.
     *$'\nexited\n'*) return 0 ;;
@@ -163,7 +167,10 @@ keep() {
   else
     until look; do sleep "$every"; done
     note "the run is finished"
-    delete
+    until delete; do
+      failed "the pod could not be deleted"
+      sleep "$every"
+    done
   fi
 }
 

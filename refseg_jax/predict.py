@@ -67,7 +67,7 @@ class Prediction:
       mask: bool [H, W], True = the referred object.
       probability: f32 [H, W], foreground probability.
       truncated: the expression was longer than the model reads, and its end was ignored.
-      unknown: words of it for which the tokenizer has but one token, whatever they are.
+      unknown: words of it that the model reads as "an unknown word", one like another.
     """
 
     mask: np.ndarray
@@ -229,7 +229,8 @@ class Predictor:
         probability = transforms.resize_map(probability, *back).clip(0, 1)
         mask = probability > self.threshold
         mask &= mask.sum() >= self.no_target_area
-        return Prediction(mask, probability, truncated, self.tokenizer.unknown(text))
+        unknown = self.tokenizer.unknown(text, self.max_tokens)
+        return Prediction(mask, probability, truncated, unknown)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -305,7 +306,7 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
         found.append("The expression is too long, its end was ignored.")
     if result["unknown"]:
         words = ", ".join(repr(word) for word in result["unknown"])
-        found.append(f"The model does not know {words}, nor one such word from another.")
+        found.append(f"The model does not know {words}: it reads that as an unknown word.")
     return found
 
 

@@ -161,7 +161,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Scores the best checkpoint on every evaluation split; writes the table, JSON and report.
 
-    Of other data than the run's own the files have the dataset in their names.
+    Of another dataset than the run's own the files have its name in theirs.
 
     Returns what the summary says of it: best_step, {split}/mIoU and {split}/oIoU of each split,
     {split}/mIoU_shuffled of select_split and val (the control: the same model, each image given

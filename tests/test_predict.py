@@ -212,14 +212,14 @@ def test_command_line(workdir, photo, tmp_path, capsys):
 def test_several_texts(workdir, photo, tmp_path, capsys):
     Image.fromarray(photo).save(tmp_path / "a.png")
     arguments = ["--workdir", workdir, "--image", str(tmp_path / "a.png"), "--out", str(tmp_path)]
-    texts = ["the red half", "красный half", "red"]
+    texts = ["the red half", "красный красный half red red red дом", "red"]
     arguments += [word for text in texts for word in ("--text", text)]
     assert predict.main([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
     results = [json.loads(line) for line in out.splitlines()]
     assert [result["text"] for result in results] == texts
     assert [result["unknown"] for result in results] == [[], ["красный"], []]
-    assert err.count("\n") == 1 and "does not know 'красный'" in err
+    assert err.count("\n") == 2 and "does not know 'красный': it" in err
     for number, result in enumerate(results, 1):
         assert result["mask"] == str(tmp_path / f"a_{number}_mask.png")
         assert Image.open(result["mask"]).size == (50, 32)

@@ -275,8 +275,8 @@ class _Reader:
             image = ImageFile(self._name(entry["image"]), *size)
         if given == ["polygon"] and _are_shares(region, image):
             raise UserError(
-                f"its polygon is within one pixel of {image.width} x {image.height}: coordinates "
-                "are pixels, not shares of the image"
+                "all coordinates of its polygon are between 0 and 1: give pixels, not shares of "
+                "the image"
             )
         try:
             rle.check_size(image.height, image.width)
@@ -335,8 +335,9 @@ class _Reader:
 def _are_shares(region: list, image: ImageFile) -> bool:
     """Whether polygons are written in shares of the image, as some formats have it."""
     numbers = [number for part in region if isinstance(part, list) for number in part]
-    fitting = (isinstance(number, int | float) and 0 <= number <= 1 for number in numbers)
-    return bool(numbers) and all(fitting) and min(image.height, image.width) > 1
+    fitting = (isinstance(number, int | float) and -0.01 <= number <= 1.01 for number in numbers)
+    # Whole numbers may mean the first pixel.
+    return all(fitting) and any(n != int(n) for n in numbers) and max(image.height, image.width) > 1
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -106,12 +106,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       UserError: nothing of it can be read, or the page cannot be written.
     """
     # Not only after all of the data was read.
-    if not os.access(
-        args.out if os.path.exists(args.out) else os.path.dirname(args.out) or ".", os.W_OK
-    ):
-        raise UserError(
-            f"cannot write the page {args.out}: no such folder, or not ours to write to"
-        )
+    place = args.out if os.path.exists(args.out) else os.path.dirname(args.out) or "."
+    usable = os.path.isdir(place) != os.path.exists(args.out) and os.access(place, os.W_OK)
+    if "://" not in args.out and not usable:
+        raise UserError(f"cannot write the page {args.out}: its place is none to write a file to")
     found: dict[str, dict[str, None]] = collections.defaultdict(dict)  # Each line once, in order.
 
     def report(sort: str, line: str) -> None:

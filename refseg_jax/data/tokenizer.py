@@ -76,11 +76,11 @@ class Tokenizer:
         """The pieces as strings, with the marks, not truncated; UserError when blank."""
         return self._encode(text).tokens
 
-    def unknown(self, text: str) -> tuple[str, ...]:
-        """The words of a text for which there is no piece but [UNK]; UserError when blank."""
+    def unknown(self, text: str, max_tokens: int) -> tuple[str, ...]:
+        """The words that `encode` keeps of a text and has no piece for but [UNK], each once."""
         encoding, unknown_id = self._encode(text), self._backend.token_to_id(_UNK)
-        places = zip(encoding.ids, encoding.offsets, strict=True)
-        return tuple(text[slice(*place)] for i, place in places if i == unknown_id)
+        places = list(zip(encoding.ids, encoding.offsets, strict=True))[: max_tokens - 1]
+        return tuple(dict.fromkeys(text[slice(*place)] for i, place in places if i == unknown_id))
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes one JSON file; `path` is the file, or a folder in which it gets `FILE_NAME`."""

@@ -35,7 +35,7 @@ def convert_darknet(path: str | pathlib.Path, variables: Mapping) -> Conversion:
         UserError: there is no such file, it is too short, or the numbers cannot be what they are
             read as: a file of another architecture.
     """
-    path = epath.Path(path)
+    path = epath.Path(path) if str(path).startswith("gs://") else pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a darknet .weights file")
     content = path.read_bytes()

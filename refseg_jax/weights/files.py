@@ -57,7 +57,7 @@ def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> 
 
 
 def _is_remote(source: str | pathlib.Path) -> bool:
-    return "://" in str(source)
+    return str(source).startswith("gs://")
 
 
 def _read_remote(path: pathlib.Path) -> Checkpoint:
@@ -66,8 +66,8 @@ def _read_remote(path: pathlib.Path) -> Checkpoint:
         try:
             with path.open("rb") as source, open(copy, "wb") as file:
                 shutil.copyfileobj(source, file, 2**24)
-        except FileNotFoundError as error:
-            raise UserError(f"no checkpoint at {path}: {_READABLE}") from error
+        except OSError as error:
+            raise UserError(f"no checkpoint at {path} ({error}): {_READABLE}") from error
         try:
             return _read_file(copy)._replace(path=path)
         except UserError as error:

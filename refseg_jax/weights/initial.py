@@ -69,8 +69,12 @@ def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dic
             loaded = checkpoint.load_variables(source, variables, here)
         except UserError as error:
             changed = checkpoint.changed_fields(checkpoint.read_config(source), config)
-            changed = [field for field in changed if field.startswith("model.")][:8]
-            differs = f" (differs in {', '.join(changed)})" if changed else ""
+            changed = [field for field in changed if field.startswith("model.")]
+            changed = [
+                field for field in changed if "dropout" not in field and "dtype" not in field
+            ]
+            fits_not = changed and "does not fit" in str(error)
+            differs = f" (differs in {', '.join(changed[:8])})" if fits_not else ""
             raise UserError(f"config.init.checkpoint={source}{differs}: {error}") from error
         return jax.tree.map(np.asarray, loaded), f"all parameters from {source}"
     if source:

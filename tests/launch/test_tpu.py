@@ -125,13 +125,26 @@ def test_keep_starts_what_failed_a_few_times(tools):
 
 
 def test_keep_gives_up_on_a_worker_that_does_not_answer(tools):
-    up, silent = active("")[0], ("SubState", "pod: Permission denied (publickey)", 255)
+    up, silent = active("")[0], (
+        "SubState", "pod: Permission denied (publickey)\nERROR: (gcloud) exited with 255", 255
+    )  # fmt: skip
     done, steps = keep(tools, *[up, silent] * 2, *active("running"), *[up, silent] * 4, restarts=3)
     assert done.returncode == 2 and steps == []
     # The reason, in each line; and that a pod costs money until it is deleted, and how.
-    assert done.stdout.count("Permission denied (publickey) (2 of 3)") == 2
+    line = "Permission denied (publickey) ERROR: (gcloud) exited with 255 (2 of 3)"
+    assert done.stdout.count(line) == 2
     assert "Permission denied" in done.stderr and "--restarts 3 are used up" in done.stderr
     assert "delete --name pod --zone=us-west4-a" in done.stderr
+
+
+def test_silence_on_one_pod_is_none_on_the_next(tools):
+    up, silent = active("")[0], ("SubState", "no route to host", 255)
+    done, steps = keep(
+        tools, up, silent, ("describe", "SUSPENDED", 0), NONE, up, silent, *active("exited"),
+        ("delete", "", 0), ("delete", "not yet", 1), restarts=1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert steps == ["delete", "create", "delete", "delete"]  # The last one again until it is done.
 
 
 def test_keep_gives_up_where_nothing_is_said(tools):
