@@ -120,11 +120,11 @@ look() {
     return 1
   fi
   [[ $answer ]] || { unanswered "nothing is said of the request" && return 1; }
+  [[ ${answer##*[[:space:]]} == ACTIVE ]] || silences=0
   case ${answer##*[[:space:]]} in
     ACTIVE) ;;
     SUSPENDED)
       note "preempted"
-      silences=0
       if delete; then failures=0; else failed "the pod could not be deleted"; fi
       return 1
       ;;
@@ -133,11 +133,7 @@ look() {
       delete || true
       return 1
       ;;
-    *)
-      silences=0
-      note "$answer"
-      return 1
-      ;;
+    *) note "$answer" && return 1 ;;
   esac
   answer=$(progress 2>&1) || { unanswered "no answer of worker 0: ${answer//$'\n'/ }" && return 1; }
   silences=0

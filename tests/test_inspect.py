@@ -215,10 +215,13 @@ def test_nothing_to_read_is_one_line(tmp_path, capsys):
     write(tmp_path, refs, instances | {"annotations": []})
     assert inspect.main(["refer", "--root", str(tmp_path), "--dataset", "mine"]) == 2
     refer = ["refer", "--root", str(write(tmp_path, refs, instances)), "--dataset", "mine"]
-    assert inspect.main([*refer, "--out", str(tmp_path / "no" / "page.html")]) == 2
+    (tmp_path / "file").write_text("")
+    for out in ("no/page.html", "file/page.html", "."):
+        assert inspect.main([*refer, "--out", str(tmp_path / out)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
-    for line, words in zip(lines, ("is missing", "annotation 100", "cannot write"), strict=True):
+    assert len(lines) == 5 and all(line.startswith("error: ") for line in lines)
+    expected = "is missing", "annotation 100", *["cannot write the page"] * 3
+    for line, words in zip(lines, expected, strict=True):
         assert words in line
 
 

@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -99,17 +100,23 @@ def open_shapes(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     return {s: shapes.ShapesSource(s, num_scenes=args.scenes) for s in shapes.NUM_SCENES}
 
 
+def _check_place(out: str) -> None:
+    """Raises a UserError where a page could not be written; of a bucket nothing is asked."""
+    path = pathlib.Path(out)
+    usable = not path.is_dir() and path.parent.is_dir()
+    if "://" not in out and not (
+        usable and os.access(path if path.exists() else path.parent, os.W_OK)
+    ):
+        raise UserError(f"cannot write the page {out}: name a file in a folder of yours")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Looks at what the command line names, writes the page, and returns what to print.
 
     Raises:
       UserError: nothing of it can be read, or the page cannot be written.
     """
-    # Not only after all of the data was read.
-    place = args.out if os.path.exists(args.out) else os.path.dirname(args.out) or "."
-    usable = os.path.isdir(place) != os.path.exists(args.out) and os.access(place, os.W_OK)
-    if "://" not in args.out and not usable:
-        raise UserError(f"cannot write the page {args.out}: its place is none to write a file to")
+    _check_place(args.out)  # Not only after all of the data was read.
     found: dict[str, dict[str, None]] = collections.defaultdict(dict)  # Each line once, in order.
 
     def report(sort: str, line: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import traverse_util
 
 from refseg_jax.errors import UserError
 from refseg_jax.models.encoders.darknet import DarkNet, DarkNetConfig
+from refseg_jax.weights.files import place_of
 from refseg_jax.weights.tables import Conversion, shapes
 
 
@@ -35,7 +35,7 @@ def convert_darknet(path: str | pathlib.Path, variables: Mapping) -> Conversion:
         UserError: there is no such file, it is too short, or the numbers cannot be what they are
             read as: a file of another architecture.
     """
-    path = epath.Path(path) if str(path).startswith("gs://") else pathlib.Path(path)
+    path = place_of(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a darknet .weights file")
     content = path.read_bytes()

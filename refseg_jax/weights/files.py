@@ -56,6 +56,11 @@ def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> 
     return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
 
 
+def place_of(source: str | pathlib.Path) -> pathlib.Path:
+    """The path of a source, which may be in a bucket."""
+    return epath.Path(source) if _is_remote(source) else pathlib.Path(source).expanduser()
+
+
 def _is_remote(source: str | pathlib.Path) -> bool:
     return str(source).startswith("gs://")
 
@@ -101,7 +106,7 @@ def _read_file(path: pathlib.Path) -> Checkpoint:
 
 
 def _locate(source: str | pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
-    path = epath.Path(source) if _is_remote(source) else pathlib.Path(source).expanduser()
+    path = place_of(source)
     if path.is_dir():
         for name in (*names, *_SHARDED):
             if (path / name).is_file():
