@@ -34,8 +34,8 @@ FREE_FIELDS = (
 # And what no score depends on, and what is scored. The tokenizer is the run's own.
 FREE_IN_EVALUATION = (
     "train.", "optim.", "init.", "seed", "data.sampling", "data.train_split",
-    "data.dataset", "data.split_by", "data.merged", "data.select_split", "data.shapes_scenes",
-    "data.tokenizer",
+    "data.dataset", "data.split_by", "data.merged", "data.select_split",
+    "data.shapes_scenes.train", "data.tokenizer",
 )  # fmt: skip
 
 # Of how many examples of each case the report shows how the mask came about.
@@ -173,8 +173,11 @@ def evaluate_run(
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     trained, model, variables = load_run(workdir, replicated(mesh))
-    own, scored = (set_name(c.data.dataset, c.data.split_by) for c in (trained, config))
-    of_which = "" if scored == own else f"-{scored}"
+    own, scored = (
+        (set_name(c.data.dataset, c.data.split_by), *c.data.get("merged", ()))
+        for c in (trained, config)
+    )
+    of_which = "" if scored == own else f"-{scored[0]}"
     predict_fn = make_predict_step(model, batch_sharding(mesh))
 
     select = config.data.select_split

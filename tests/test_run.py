@@ -125,7 +125,6 @@ def test_an_evaluation_needs_no_field_of_training(tmp_path):
         run.prepare(other, workdir)
     # Nor the data that the run was trained on.
     other.data.update(dataset="refcoco+", split_by="unc", select_split="testA", tokenizer="other")
-    other.data.shapes_scenes.update(val=3)
     run.prepare(other, workdir, free)
     other.model.update(dim=32, name="another")
     with pytest.raises(UserError, match=r"another config \(model.name: alignformer there"):
