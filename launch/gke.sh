@@ -117,6 +117,12 @@ spec:
                 onPodConditions:
                   - type: DisruptionTarget
                     status: 'True'
+              # What a run ends with that was told to stop, and is saved: in the other pods, too,
+              # of which any may be seen to end first.
+              - action: FailJob
+                onExitCodes:
+                  operator: In
+                  values: [143]
           template:
             spec:
               restartPolicy: Never

@@ -86,8 +86,9 @@ cd refseg_jax && sudo systemd-run --unit=$service --remain-after-exit --uid=\"\$
 \"\$PWD/.venv/bin/python\" -m refseg_jax.main $(quote "${training[@]//\$/\$\$}")"
 }
 
-# What training on worker 0 is: running, exited (finished), failed, or dead (never started).
-progress() { on 0 "systemctl show $service --property=SubState --value"; }
+# What training on worker 0 is: running, exited (finished), failed, or dead (never started); and
+# with which status it ended, of which 143 is that of a run that was told to stop, and is saved.
+progress() { on 0 "systemctl show $service --property=SubState,ExecMainStatus"; }
 
 watch() { on 0 "sudo journalctl --unit=$service --lines=100 --follow --output=cat"; }
 
@@ -136,15 +137,21 @@ look() {
     *) note "$answer" && return 1 ;;
   esac
   answer=$(progress 2>&1) || { unanswered "no answer of worker 0: ${answer//$'\n'/ }" && return 1; }
+  # Beside what gcloud has to say.
+  [[ $answer =~ SubState=([a-z-]+) ]] || { unanswered "worker 0 does not say how it is" && return 1; }
   silences=0
-  case $'\n'$answer$'\n' in # Beside what gcloud has to say.
-    *$'\nexited\n'*) return 0 ;;
-    *$'\ndead\n'*) { install && start; } || failed "training could not be started" ;;
-    *$'\nfailed\n'*)
-      failed "training failed: launch/tpu.sh watch shows why"
+  case ${BASH_REMATCH[1]} in
+    exited) return 0 ;;
+    dead) { install && start; } || failed "training could not be started" ;;
+    failed)
+      if [[ $answer == *ExecMainStatus=143* ]]; then
+        note "training was told to stop, and is saved"
+      else
+        failed "training failed: launch/tpu.sh watch shows why"
+      fi
       start || true
       ;;
-    *) note "${answer##*$'\n'}" ;;
+    *) note "${BASH_REMATCH[1]}" ;;
   esac
   return 1
 }
@@ -157,7 +164,7 @@ keep() {
     note "until it prints ACTIVE:" && state
     install
     start
-    note "until it prints exited:" && progress
+    note "until it prints SubState=exited:" && progress
     note "after a preemption (SUSPENDED), before all of the above again, and at the end:"
     note "$(delete)"
   else

@@ -13,15 +13,20 @@ UNUSABLE = (
     errno.ENAMETOOLONG,
 )
 
-INTERRUPTED = 130  # Exit status, as a shell has it, of what SIGINT ended.
+# Exit statuses, as a shell has them, of what SIGINT and SIGTERM ended.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class UserError(Exception):
     """Bad input: the message says what was wrong, where, and what to do about it.
 
-    The command lines print it as a single line and exit with status 2; everything else is a bug
+    The command lines print it as a single line and exit with `status`; everything else is a bug
     and keeps its traceback.
     """
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
 
 
 def say(text: str) -> None:
@@ -29,14 +34,14 @@ def say(text: str) -> None:
     print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
-def fail(message: str) -> NoReturn:
-    """One line on stderr, and exit status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """One line on stderr, and the end with that exit status."""
     say(f"error: {' '.join(message.split())}")
-    sys.exit(2)
+    sys.exit(status)
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Makes a UserError in `main`, of a bucket or a file, one line on stderr and exit status 2."""
+    """Makes a UserError in `main`, of a bucket or a file, one line on stderr and its status."""
 
     @functools.wraps(main)
     def checked(*args) -> int:
@@ -45,7 +50,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
                 return main(*args)
         except UserError as e:
             say(f"error: {' '.join(str(e).split())}")
-            return 2
+            return e.status
         except KeyboardInterrupt:
             say("stopped")
             return INTERRUPTED

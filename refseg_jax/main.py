@@ -110,8 +110,8 @@ def main(_: list[str]) -> None:
             summary = run.run(flags.FLAGS.config, workdir, flags.FLAGS.mode, begun)
     except UserError as e:
         if peers and not isinstance(e, Stopped):  # That is no fault, and all stop at one step.
-            peers.fail(str(e))
-        fail(str(e))
+            peers.fail(str(e), e.status)
+        fail(str(e), e.status)
     except (Exception, KeyboardInterrupt) as e:
         if peers:
             if not peers.ending:  # Else it is what the end of another did to this one.

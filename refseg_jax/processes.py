@@ -136,19 +136,19 @@ class Peers:
         return self._leaving.locked()
 
     def fail(self, message: str, status: int = 2) -> NoReturn:
-        """Ends every process: this one with `message`, the others naming this one as well."""
+        """Ends every process with `status` and `message`, the others naming this one as well."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another failed first.
             name = f"process {distributed.global_state.process_id}"
-            self._client.key_value_set(self._KEY, f"{name}: {message}")
+            self._client.key_value_set(self._KEY, f"{status} {name}: {message}")
         self._leave(message, status)
 
     def _watch(self):
         while not self._over.wait(1.0):
             # Asked, not waited for: no thread may be inside JAX when Python ends.
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # Not there, so all is well.
-                message = self._client.key_value_try_get(self._KEY)
+                status, _, message = self._client.key_value_try_get(self._KEY).partition(" ")
                 if not self._over.wait(self._GRACE):
-                    self._leave(message, 2)
+                    self._leave(message, int(status))
 
     def _end(self):
         self._over.set()

@@ -9,11 +9,18 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from refseg_jax.errors import UserError
+from refseg_jax.errors import INTERRUPTED, TERMINATED, UserError
 
 
 class Stopped(UserError):
-    """The run was told to stop, and is saved; with several processes, all raise it at one step."""
+    """The run was told to stop, and is saved; with several processes, all raise it at one step.
+
+    The exit status tells it from a failure: it is that of what the signal, "SIGINT" or "SIGTERM",
+    would have ended.
+    """
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message, INTERRUPTED if name == "SIGINT" else TERMINATED)
 
 
 class StopRequest:
@@ -74,7 +81,7 @@ def ending_on_sigterm() -> Iterator[None]:
         return
 
     def stop(*_):
-        raise UserError("stopped by SIGTERM: run the same command again")
+        raise UserError("stopped by SIGTERM: run the same command again", TERMINATED)
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:

@@ -356,7 +356,8 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     def stopped(step):
         return Stopped(
             f"stopped by {stop.signal} at step {step}, which is saved: "
-            "run the same command again to go on"
+            "run the same command again to go on",
+            stop.signal,
         )
 
     def evaluation_due(step):

@@ -25,7 +25,7 @@ from absl import app
 
 from refseg_jax import checkpoint, main, models, processes, train
 from refseg_jax.data import pipeline
-from refseg_jax.errors import UserError
+from refseg_jax.errors import TERMINATED, UserError
 from refseg_jax.models.alignformer import AlignFormer
 from tests import tiny
 from tests.test_train import leaves
@@ -186,9 +186,9 @@ def groups(tmp_path_factory):
 
         def ended():
             stopped.processes[1].send_signal(signal.SIGTERM)
-            return {process.poll() for process in stopped.processes} == {2}
+            return {process.poll() for process in stopped.processes} == {TERMINATED}
 
-        stopped.until(ended, "end", 2)
+        stopped.until(ended, "end", TERMINATED)
         found["whole"].ended(0)
         found["faulty"] = Group(root / "faulty", 2, fault=3)
         found["apart"] = Group(root / "together", 2, apart=True)
@@ -206,7 +206,7 @@ def groups(tmp_path_factory):
             process.kill()
         killed.ended(-signal.SIGKILL)
         found["one"] = Group(root / "one", 1, devices=1)
-        cut.ended(2)
+        cut.ended(TERMINATED)
         assert rows(cut, "val/mIoU") == {} and "at step 5, which is saved" in cut.errors(0)[0]
         found["cut"] = Group(root / "cut", 1, train__steps=6)
         found["faulty"].ended(2)

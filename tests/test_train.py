@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from refseg_jax import checkpoint, run, train
-from refseg_jax.errors import UserError
+from refseg_jax.errors import TERMINATED, UserError
 from refseg_jax.logging import read_metrics
 from tests import tiny
 
@@ -219,7 +219,7 @@ def test_a_run_killed_twice_ends_where_an_unbroken_one_ends(tmp_path):
         return process.returncode, stderr
 
     status, stderr = kill_after(3, signal.SIGTERM)
-    assert status == 2 and b"stopped by SIGTERM at step" in stderr
+    assert status == TERMINATED and b"stopped by SIGTERM at step" in stderr
     status, stderr = kill_after(1, signal.SIGKILL)
     assert status == -signal.SIGKILL and b"resumed at step" in stderr
     done = subprocess.run(

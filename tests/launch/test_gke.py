@@ -37,7 +37,8 @@ spec:
         podFailurePolicy:
           rules:
           - action: FailJob
-            onPodConditions: [{type: DisruptionTarget, status: "True"}]
+            onPodConditions?: [{type: DisruptionTarget, status: "True"}]
+            onExitCodes?: {operator: In, values: [143]}
         template:
           spec:
             restartPolicy: Never

@@ -89,8 +89,9 @@ NONE = ("describe", "ERROR: (gcloud) NOT_FOUND: there is none", 1)
 START = ["scp", "install", "systemd-run"]
 
 
-def active(progress):
-    return ("describe", "WARNING: a word of gcloud\nACTIVE", 0), ("SubState", progress, 0)
+def active(progress, status=0):
+    said = f"WARNING: a word of gcloud\nExecMainStatus={status}\nSubState={progress}"
+    return ("describe", "WARNING: a word of gcloud\nACTIVE", 0), ("SubState", said, 0)
 
 
 def test_keep_goes_on_after_a_preemption(tools):
@@ -121,7 +122,13 @@ def test_keep_starts_what_failed_a_few_times(tools):
     failed = active("failed")
     done, steps = keep(tools, *active("running"), *failed, *failed, *failed, restarts=2)
     assert done.returncode == 2 and "--restarts 2 are used up" in done.stderr
-    assert steps == ["systemd-run", "systemd-run"]  # The pod stays, for a look at its log.
+    assert steps == ["systemd-run"] * 2  # The pod stays, for a look at its log.
+
+
+def test_a_stopped_run_starts_again_and_is_no_failure(tools):
+    done, steps = keep(tools, *active("failed", 143) * 3, *active("exited"), restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert steps == ["systemd-run"] * 3 + ["delete"] and done.stdout.count("is saved") == 3
 
 
 def test_keep_gives_up_on_a_worker_that_does_not_answer(tools):
