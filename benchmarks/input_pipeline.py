@@ -184,7 +184,9 @@ def main() -> None:
         if args.root:
             name = sets.set_name(args.dataset, args.split_by)
             name = sets.ANY if is_prepared(args.root) else name
-            sources = {args.root: sets.open_set(args.root, name, [args.split])[args.split]}
+            sources = {
+                args.root: sets.open_set(args.root, name, [args.split], text_field=None)[args.split]
+            }
         else:
             sources = make_photos(pathlib.Path(folder), 96)
         for name, source in sources.items():

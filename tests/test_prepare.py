@@ -188,18 +188,41 @@ def test_counts_are_asserted_and_differences_listed(raw, tmp_path, capsys, monke
     known = {"train": (12, 4, 36), "val": (6, 2, None), "testA": (5, 5, 5)}
     monkeypatch.setitem(refer.KNOWN_COUNTS, ("shapes", "unc"), known)
     out = tmp_path / "out"
+    # A split with all its refs that has not all their sentences is no part, but something else.
+    known["val"] = (6, 2, 20)
     assert prepare_shapes(raw, out) == 2
-    assert "shapes (unc) is not what is published: testA is missing (" in capsys.readouterr().err
+    assert "shapes (unc) is not what is published: val has 18 of 20 sentences (" in (
+        capsys.readouterr().err
+    )
     assert not out.exists()
-    del known["testA"]
-    assert prepare_shapes(raw, out) == 0
-    assert preparing.manifest(out)["differences"] == {}
-    known["val"] = (7, 2, 20)
-    assert prepare_shapes(raw, out) == 2
-    assert ": val has 6 of 7 refs, 18 of 20 sentences (" in capsys.readouterr().err
     assert prepare_shapes(raw, out, "--partial") == 0
-    expected = {"val": ["6 of 7 refs", "18 of 20 sentences"]}
-    assert preparing.manifest(out)["differences"] == expected
+    absent = {"testA": ["it is missing"]}
+    assert preparing.manifest(out)["differences"] == {"val": ["18 of 20 sentences"], **absent}
+    known["val"] = (7, 2, 20)
+    assert prepare_shapes(raw, tmp_path / "part") == 0
+    said = "a part of shapes (unc) as it is published: val has 6 of 7 refs, 18 of 20 sentences; "
+    assert f"{said}testA is missing" in capsys.readouterr().err
+    expected = {"val": ["6 of 7 refs", "18 of 20 sentences"], **absent}
+    assert preparing.manifest(tmp_path / "part")["differences"] == expected
+    del known["testA"], known["val"]
+    assert prepare_shapes(raw, tmp_path / "whole") == 0
+    assert preparing.manifest(tmp_path / "whole")["differences"] == {}
+
+
+def test_masks_without_a_pixel_are_kept_and_listed(raw, tmp_path, capsys):
+    root = pathlib.Path(shutil.copytree(raw, tmp_path / "root"))
+    path = root / "shapes" / "instances.json"
+    instances = json.loads(path.read_text())
+    instances["annotations"][0]["segmentation"] = [[70, 10, 90, 10, 90, 30]]  # Beside the image.
+    path.write_text(json.dumps(instances))
+    assert prepare_shapes(root, tmp_path / "out") == 0
+    said = "kept, though their masks have no pixel: ref 10000002 of train"
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+    assert preparing.manifest(tmp_path / "out")["blank"] == {"train": ["ref 10000002 of train"]}
+    assert len(PreparedSource(tmp_path / "out", "train")) == 12
+    before = preparing.contents(tmp_path / "out")
+    assert prepare_shapes(root, tmp_path / "out") == 0
+    assert preparing.contents(tmp_path / "out") == before
 
 
 @pytest.fixture
@@ -307,7 +330,9 @@ def test_nothing_usable_is_an_error(raw, tmp_path, capsys):
     for path in (root / "images" / "mscoco" / "train2014").glob("shapes_2*"):
         path.write_bytes(b"")
     assert prepare_shapes(root, tmp_path / "out", "--partial") == 2
-    assert "nothing usable is left of split val" in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "nothing usable is left of split val: ref 20000000 of val: cannot read" in message
+    assert message.endswith("; ... (6 refs)")
 
 
 def test_a_full_disk_is_named(raw, tmp_path, capsys, monkeypatch):

@@ -283,6 +283,11 @@ def test_pickles_run_no_code(tmp_path, protocol):
         load(tmp_path)
     assert not touched.exists()
 
+    for content, what in ((pickle.dumps(bytearray(b"a"), 5), "a bytearray"), (b"}}b.", "state")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"it holds .*{what}, which is not plain data"):
+            load(tmp_path)
+
     refs[0]["extra"] = [{1}, frozenset({2}), b"\xff\x00", 1.5, None, (True, 1 << 70)]
     path.write_bytes(pickle.dumps(refs, protocol))
     assert annotations.read(path) == refs

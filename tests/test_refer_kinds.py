@@ -80,6 +80,16 @@ def test_an_id_that_stands_for_two_things_is_named(tmp_path):
         load(write(tmp_path, refs, instances))
 
 
+def test_one_annotation_of_minus_one_is_no_target_in_grefcoco_alone(tmp_path):
+    refs, instances = small_set()
+    refs[0]["ann_id"] = -1
+    root = write(tmp_path, refs, instances)
+    with pytest.raises(UserError, match="ref 10: annotation -1 is not in instances.json"):
+        load(root)
+    (root / "mine" / "refs(unc).json").rename(root / "mine" / "grefs(unc).json")
+    assert [ref.ann_ids for ref in load(root)][0] == ()
+
+
 def test_refs_that_cannot_be_used_are_left_out_on_request(tmp_path):
     refs, instances = small_set()
     del instances["annotations"][0]

@@ -241,6 +241,35 @@ def test_a_part_of_sets_is_merged_and_said_to_be_one(tmp_path, capsys, monkeypat
     assert "12 of 13 refs" in about["differences"]["a_unc/train"][0] and about["absent"] == []
 
 
+def test_refs_that_cannot_be_used_hold_their_images_out_all_the_same(tmp_path):
+    """Raw, prepared with what is left out, and in gRefCOCO, where they have no sentences."""
+    root = write_sets(tmp_path / "raw")
+    path = root / "b" / "refs(unc).json"
+    refs = json.loads(path.read_text())
+    validation = [ref for ref in refs if ref["split"] == "val"]
+    more = {"split": "val", "image_id": 1000003, "sent_ids": [1]}
+    more["sentences"] = [{"sent_id": 1, "raw": "it", "sent": "it"}]
+    for ref in (more | {"ref_id": 1, "ann_id": 1}, more | {"ref_id": 2, "ann_id": 2}):
+        refs.append(validation[0] | ref)
+    path.write_text(json.dumps(refs))
+    shards = tmp_path / "shards"
+    for name in SETS:
+        dataset, split_by = name.split("_")
+        assert preparing.run(
+            "refer", "--root", root, "--dataset", dataset, "--split_by", split_by,
+            "--out", shards / name, "--partial", "--workers", 1,
+        ) == 0  # fmt: skip
+    for refs_name in ("refs", "grefs"):
+        if refs_name == "grefs":
+            silent = [ref | ({"sentences": []} if ref["ref_id"] in (1, 2) else {}) for ref in refs]
+            path.unlink()
+            path.with_name("grefs(unc).json").write_text(json.dumps(silent))
+        for place in (root, shards):
+            each = {name: sets.open_set(str(place), name, partial=True) for name in SETS}
+            train = sets.merged_splits(each)["train"]
+            assert {train[i].image_id for i in range(len(train))} == {1000000}
+
+
 def test_splits_that_hold_nothing_out_are_said_to_be_missing(root, caplog, monkeypatch):
     counts = {("a", "unc"): dict.fromkeys(("train", "val", "testA"), (1, 1, 1))}
     monkeypatch.setattr(sets, "KNOWN_COUNTS", counts)

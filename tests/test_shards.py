@@ -113,6 +113,30 @@ def test_configs_open_raw_and_prepared_data_alike(raw, prepared):
         PreparedSource(prepared, "test")
 
 
+def test_texts_are_those_that_are_asked_for_or_it_is_an_error(raw, tmp_path):
+    for field in ("raw", "sent"):
+        assert preparing.run(
+            "refer", "--root", raw, "--dataset", "shapes", "--out", tmp_path / field / "shapes_unc",
+            "--text_field", field, "--workers", 1,
+        ) == 0  # fmt: skip
+        root = str(tmp_path / field)
+        other = {"raw": "sent", "sent": "raw"}[field]
+        with pytest.raises(UserError, match=f"{field!r}.*text_field is {other!r}: prepare it"):
+            sets.open_set(root, "shapes_unc", text_field=other)
+        expected = preparing.refer_sources(raw, "shapes", text_field=field)["val"]
+        for asked in (field, None):
+            source = sets.open_set(root, "shapes_unc", ["val"], text_field=asked)["val"]
+            preparing.assert_same_source(source, expected)
+
+
+def test_a_folder_with_another_set_s_name_is_not_taken_for_it(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "refcoco_unc")
+    with pytest.raises(UserError, match="refcoco_unc holds the prepared set shapes_unc"):
+        sets.open_set(str(tmp_path), "refcoco_unc")
+    shutil.copytree(prepared, tmp_path / "drawn")  # A name of one's own may be any.
+    assert list(sets.open_set(str(tmp_path), "drawn")) == ["train", "val"]
+
+
 def test_an_unfinished_preparation_is_not_read(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "copy")
     (copy / shards.PLAN).write_text("{}")

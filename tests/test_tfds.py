@@ -4,15 +4,18 @@ The files in golden/ref_coco were written by TensorFlow Datasets 4.9.10's own bu
 1.1.0, as RefCOCOg (google), from `shapes.write_refer(num_scenes={"train": 2, "val": 1}, size=48)`.
 """
 
+import io
 import json
 import pathlib
 import shutil
+import struct
 import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets
 from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
 
 from refseg_jax.data import shapes, tfds
 from refseg_jax.data.shards import PreparedSource
@@ -90,9 +93,8 @@ def test_the_library_s_own_reader_agrees(tmp_path):
 
 def test_it_is_prepared(built, tmp_path, capsys):
     arguments = ("tfds", "--root", built, "--out", tmp_path / "out", "--workers", 1)
-    assert preparing.run(*arguments) == 2
+    assert preparing.run(*arguments) == 0
     assert "train has 6 of 44822 refs, 2 of 24698 images; val has" in capsys.readouterr().err
-    assert preparing.run(*arguments, "--partial") == 0
     _, _, sources, _ = tfds.open_built(str(built))
     for split, source in sources.items():
         preparing.assert_same_source(PreparedSource(tmp_path / "out", split), source)
@@ -126,6 +128,74 @@ def damaged(folder):
     path.write_bytes(data)
 
 
+def one_bit_turned(folder):
+    path = train_file(folder)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"object") + 1] ^= 1
+    path.write_bytes(data)
+
+
+def another_record(folder):
+    rewrite(folder, lambda record: b"")
+
+
+def rewrite(folder, change):
+    """The training file anew, with `change`d records and the checksums that belong to them."""
+    path = train_file(folder)
+    data, whole = path.read_bytes(), b""
+    for place in tfds._places(path):
+        record = change(data[place.start : place.start + place.length])
+        head = struct.pack("<Q", len(record))
+        whole += head + struct.pack("<I", tfds._checksum(head)) + record
+        whole += struct.pack("<I", tfds._checksum(record))
+    path.write_bytes(whole)
+
+
+def edited(change):
+    """A change of records: `change(features)` of each, in place."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    def changed(record):
+        example = tf_example_pb2.Example.FromString(record)
+        change(example.features.feature)
+        return example.SerializeToString()
+
+    return changed
+
+
+def test_masks_may_have_three_channels(built):
+    source = tfds.open_built(str(built))[2]["train"]
+    expected = [source.mask(ref) for ref in source]
+
+    def in_colour(features):
+        masks = features["objects/mask"].bytes_list.value
+        for k, mask in enumerate(masks):
+            picture = io.BytesIO()
+            Image.open(io.BytesIO(mask)).convert("RGB").save(picture, "png")
+            masks[k] = picture.getvalue()
+
+    rewrite(built, edited(in_colour))
+    source = tfds.open_built(str(built))[2]["train"]
+    np.testing.assert_array_equal([source.mask(ref) for ref in source], expected)
+
+
+def test_a_ref_that_cannot_be_used_is_left_out_on_request(built, tmp_path, capsys):
+    def blank(features):
+        features["objects/refexp/raw/ragged_flat_values"].bytes_list.value[0] = b" "
+
+    whole = list(tfds.open_built(str(built))[2]["train"])
+    rewrite(built, edited(blank))
+    with pytest.raises(UserError, match=r"2 refs of split 'train' .*: ref \d+: sentence .* empty"):
+        tfds.open_built(str(built))
+    source = tfds.open_built(str(built), partial=True)[2]["train"]
+    assert len(source.faults) == 2 and len(source) == len(whole) - 2
+    assert set(source) < set(whole)
+    for ref in source:
+        assert source.mask(ref).any()
+    arguments = ("tfds", "--root", built, "--out", tmp_path / "out", "--workers", 1, "--partial")
+    assert preparing.run(*arguments) == 0 and capsys.readouterr().err.count("left out: ") == 2
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -136,7 +206,9 @@ def damaged(folder):
         (lambda folder: train_file(folder).unlink(), "has 0 of the 1 files of train"),
         (cut_off, "train.*is cut off or damaged"),
         (one_record_less, "has 1 of the 2 images of train"),
-        (damaged, "record 0 of train in .* is damaged or not ref_coco's"),
+        (damaged, "train.*, byte 12: it is damaged"),
+        (one_bit_turned, "train.*, byte 12: it is damaged"),
+        (another_record, "record 0 of train in .* is damaged or not ref_coco's"),
     ],
 )
 def test_what_cannot_be_read_is_named(built, spoil, message):

@@ -20,8 +20,8 @@ _INSTANCE_FIELDS = {
 
 
 _TUPLES = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
-# What plain data does without: changing an object, and memory taken in advance.
-_NOT_PLAIN = pickle.BUILD + pickle.BYTEARRAY8
+# What plain data does without: an object's state, and memory taken in advance.
+_NOT_PLAIN = {pickle.BUILD[0]: "an object's state", pickle.BYTEARRAY8[0]: "a bytearray"}
 
 
 def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -38,6 +38,13 @@ def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
     return checked
 
 
+def _refuse(what: str) -> Callable[[Any], None]:
+    def refused(unpickler) -> None:
+        raise pickle.UnpicklingError(f"it holds {what}, which is not plain data")
+
+    return refused
+
+
 class _PlainUnpickler(pickle._Unpickler):
     """Builds nothing but plain containers, strings, numbers and bytes: refs come from strangers.
 
@@ -49,8 +56,7 @@ class _PlainUnpickler(pickle._Unpickler):
     dispatch = {
         code: _flat(load) if code in _TUPLES else load
         for code, load in pickle._Unpickler.dispatch.items()
-        if code not in _NOT_PLAIN
-    }
+    } | {code: _refuse(what) for code, what in _NOT_PLAIN.items()}
     _ADMITTED = {
         ("__builtin__", "set"): set,
         ("builtins", "set"): set,

@@ -71,13 +71,16 @@ def open_refer(args: argparse.Namespace, report: Report) -> dict[str, Source]:
 
 def open_merged(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """The merged training set of several sets, and the other splits of each of them."""
-    each = {name: sets.open_set(args.root, name, partial=True) for name in args.sets}
+    each = {
+        name: sets.open_set(args.root, name, text_field=args.text_field, partial=True)
+        for name in args.sets
+    }
     return sets.merged_splits(each)
 
 
 def open_tfds(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """TensorFlow Datasets' `ref_coco`, as it was built."""
-    return built_splits(args)[2]
+    return built_splits(args, partial=True)[2]
 
 
 def open_coco(args: argparse.Namespace, report: Report) -> dict[str, Source]:
@@ -92,7 +95,7 @@ def open_folder(args: argparse.Namespace, report: Report) -> dict[str, Source]:
 
 def open_prepared(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """What `python -m refseg_jax.data.prepare` wrote: a folder, or a gs:// address."""
-    return sets.open_set(args.root, sets.ANY, args.splits)
+    return sets.open_set(args.root, sets.ANY, args.splits, text_field=None)
 
 
 def open_shapes(args: argparse.Namespace, report: Report) -> dict[str, Source]:

@@ -23,7 +23,7 @@ from refseg_jax.data import custom, expressions, refer, sets
 from refseg_jax.data.files import sha256
 from refseg_jax.data.records import FileSource
 from refseg_jax.data.shards import MANIFEST
-from refseg_jax.data.writer import Plan, write
+from refseg_jax.data.writer import Plan, missing_splits, write
 from refseg_jax.errors import UserError, command, say
 
 _COCO_LICENCE = (
@@ -57,6 +57,7 @@ def open_refer(args: argparse.Namespace) -> Plan:
         "source": {
             "kind": "refer",
             "files": {path.name: sha256(path) for path in files.annotation_files},
+            **({"without_sentences": files.unspoken} if files.unspoken else {}),
         },
         "licence": args.licence or _LICENCES.get(args.dataset, _COCO_LICENCE),
         "text_field": args.text_field,
@@ -64,7 +65,7 @@ def open_refer(args: argparse.Namespace) -> Plan:
     return _plan(args, args.dataset, args.split_by, sources, about)
 
 
-def built_splits(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], tuple]:
+def built_splits(args: argparse.Namespace, partial: bool) -> tuple[str, str, dict[str, Any], tuple]:
     """(dataset, split_by, sources of the splits, files) of `args` as `open_tfds` takes them.
 
     Raises:
@@ -72,7 +73,7 @@ def built_splits(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], tu
     """
     from refseg_jax.data import tfds
 
-    dataset, split_by, sources, files = tfds.open_built(args.root)
+    dataset, split_by, sources, files = tfds.open_built(args.root, partial)
     sources = {split: sources[split] for split in args.splits or sources if split in sources}
     missing = set(args.splits or ()) - sources.keys()
     if missing:
@@ -82,10 +83,11 @@ def built_splits(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], tu
 
 def open_tfds(args: argparse.Namespace) -> Plan:
     """TensorFlow Datasets' `ref_coco`, as it was built."""
-    dataset, split_by, sources, files = built_splits(args)
+    dataset, split_by, sources, files = built_splits(args, args.partial)
     about = {
         "source": {"kind": "tfds ref_coco", "files": {path.name: sha256(path) for path in files}},
         "licence": args.licence or _COCO_LICENCE,
+        "text_field": "raw",  # It keeps no other.
     }
     return _plan(args, dataset, split_by, sources, about)
 
@@ -139,7 +141,10 @@ def open_folder(args: argparse.Namespace) -> Plan:
 
 def open_merged(args: argparse.Namespace) -> Plan:
     """The merged training set of several sets, and the other splits of each of them."""
-    each = {name: sets.open_set(args.root, name, partial=args.partial) for name in args.sets}
+    each = {
+        name: sets.open_set(args.root, name, text_field=args.text_field, partial=args.partial)
+        for name in args.sets
+    }
     sources = sets.merged_splits(each)
     merged = sources[sets.TRAIN]
     say(merged.report())
@@ -163,6 +168,7 @@ def open_merged(args: argparse.Namespace) -> Plan:
             "files": {name: splits[sets.TRAIN].fingerprint() for name, splits in each.items()},
         },
         "licence": args.licence or f"{_COCO_LICENCE}; of other sets: their own",
+        "text_field": args.text_field,
     }
     return _plan(args, sets.MERGED, "", sources, about)
 
@@ -182,24 +188,26 @@ def _fingerprints(sources: Mapping[str, custom.CustomSource]) -> dict[str, str]:
 
 
 def check_counts(plan: Plan) -> None:
-    """Compares whole splits with what is published of them; says how a part differs.
+    """Compares the splits with what is published of them; says what a part of them lacks.
 
     Raises:
-      UserError: they differ, and the plan is not `partial`.
+      UserError: a split has all its refs, and yet differs, and the plan is not `partial`.
     """
     known = refer.KNOWN_COUNTS.get((plan.dataset, plan.split_by), {})
-    differing = [
-        f"{split} has {', '.join(lines)}"
-        for split, source in plan.sources.items()
-        if (lines := refer.count_differences(source, plan.split_by))
-    ]
-    differing += [f"{split} is missing" for split in known if split not in plan.sources]
-    if not differing:
-        return
-    text = f"{plan.dataset} ({plan.split_by}) is not what is published: {'; '.join(differing)}"
-    if not plan.partial:
-        raise UserError(f"{text} (fetch what is missing, or say that it is a part with --partial)")
-    say(text)
+    parts, wrong = [], []
+    for split, source in plan.sources.items():
+        if lines := refer.count_differences(source, plan.split_by):
+            whole = len(source) >= known[split][0]
+            (wrong if whole else parts).append(f"{split} has {', '.join(lines)}")
+    parts += [f"{split} is missing" for split in missing_splits(plan)]
+    name = f"{plan.dataset} ({plan.split_by})"
+    if parts:
+        say(f"a part of {name} as it is published: {'; '.join(parts)}")
+    if wrong:
+        text = f"{name} is not what is published: {'; '.join(wrong)}"
+        if not plan.partial:
+            raise UserError(f"{text} (fetch it again, or take it as it is with --partial)")
+        say(text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -216,6 +224,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say(f"left out: {line}")
     if len(skipped) > _SKIPPED_SHOWN:
         say(f"left out: {len(skipped)} in all, see {args.out / MANIFEST}")
+    blank = [ref for refs in manifest["blank"].values() for ref in refs]
+    if blank:
+        more = ", ..." * (len(blank) > _SKIPPED_SHOWN)
+        say(f"kept, though their masks have no pixel: {', '.join(blank[:_SKIPPED_SHOWN])}{more}")
     return {
         "out": str(args.out),
         "dataset": manifest["dataset"],
@@ -258,12 +270,11 @@ def add_kinds(
     sub.add_argument("--dataset", default="refcoco", help="its folder, e.g. refcoco+ or refclef")
     sub.add_argument("--split_by", default="unc", help="unc, umd, google or berkeley")
     sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
-    sub.add_argument(
-        "--text_field", choices=("raw", "sent"), default="raw", help="as typed, or cleaned"
-    )
+    _add_text_field(sub)
     sub = kind("merged", open_merged)
     sub.add_argument("--root", required=True, help="folder with the sets, raw or prepared")
     sub.add_argument("--sets", type=names, default=MERGED_SETS, help="e.g. refcoco_unc,photos")
+    _add_text_field(sub)
     sub = kind("tfds", open_tfds)
     sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0")
     sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
@@ -275,6 +286,12 @@ def add_kinds(
     sub = kind("folder", open_folder)
     sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
     _add_own(sub)
+
+
+def _add_text_field(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--text_field", choices=("raw", "sent"), default="raw", help="as typed, or cleaned"
+    )
 
 
 def _add_own(sub: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -79,17 +79,29 @@ class FileSource(Source, Protocol):
     def image_place(self, ref: Ref) -> str:
         """Where the picture is stored: refs of one place share it."""
 
+    # See RefList.
+    faults: tuple[str, ...]
+    other_images: tuple[ImageFile, ...]
+
 
 class RefList:
     """The part of `Source` that sources share which hold their refs in memory.
 
     Attributes:
       faults: a line for every ref that was left out because it could not be used.
+      other_images: images of refs that were left out, which belong to the split all the same.
     """
 
-    def __init__(self, name: str, split: str, refs: Sequence[Ref], faults: Sequence[str] = ()):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        refs: Sequence[Ref],
+        faults: Sequence[str] = (),
+        other_images: Iterable[ImageFile] = (),
+    ):
         self.name, self.split = name, split
-        self.faults = tuple(faults)
+        self.faults, self.other_images = tuple(faults), tuple(dict.fromkeys(other_images))
         self._refs = tuple(refs)
         # Number of sentences of refs 0 .. i.
         self._ends = list(itertools.accumulate(len(ref.sentences) for ref in self._refs))

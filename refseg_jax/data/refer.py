@@ -83,6 +83,7 @@ class ReferFiles:
     Attributes:
       annotation_files: the two files that hold refs and instances.
       splits: the names of the splits, in the order of the file.
+      generalized: whether it is gRefCOCO's, whose refs have any number of targets.
       unspoken: how many refs of gRefCOCO's file were left out, as they have no sentences.
 
     Raises:
@@ -105,10 +106,12 @@ class ReferFiles:
         self.image_folder = _existing(*(pathlib.Path(root) / name for name in candidates))
         self.annotation_files = (self.refs_path, instances_path)
         self._entries = collections.defaultdict(list)
-        generalized = self.refs_path.name.startswith("grefs(")
+        self._image_ids = collections.defaultdict(dict)
+        self.generalized = self.refs_path.name.startswith("grefs(")
         self.unspoken = 0
         for entry in annotations.read_records(self.refs_path, _REF_FIELDS):
-            if generalized and not entry["sentences"]:
+            self._image_ids[entry["split"]][entry["image_id"]] = None
+            if self.generalized and not entry["sentences"]:
                 self.unspoken += 1
             else:
                 self._entries[entry["split"]].append(entry)
@@ -131,6 +134,11 @@ class ReferFiles:
             have = ", ".join(f"{name} ({count} refs)" for name, count in sizes)
             raise UserError(f"{self.refs_path} has no split {split!r}, it has: {have}")
         return self._entries[split]
+
+    def images(self, split: str) -> list[ImageFile]:
+        """All images of a split, also of refs that cannot be used, if instances.json has them."""
+        table = self.tables["images"]
+        return [_image_file(table[i]) for i in self._image_ids[split] if i in table]
 
 
 class ReferSource(RefList):
@@ -181,7 +189,7 @@ class ReferSource(RefList):
         for entry in entries:
             image_id = entry["image_id"]
             try:
-                ann_ids = _ann_ids(entry["ann_id"])
+                ann_ids = _ann_ids(entry["ann_id"], files.generalized)
                 image = _image(image_id, files.tables["images"], files.image_names)
                 parts = {i: _parts(i, image_id, files.tables["annotations"]) for i in ann_ids}
                 sentences = _sentences(entry["sentences"], text_field)
@@ -199,7 +207,9 @@ class ReferSource(RefList):
                 f"cannot be used: {listed} (mend the annotations or fetch what is missing; "
                 f"{_WHERE_TO_GET_IT})"
             )
-        super().__init__(dataset, split, refs, faults)
+        used = set(self._images.values())
+        others = (image for image in files.images(split) if image not in used)
+        super().__init__(dataset, split, refs, faults, others)
         warn_if_partial(self, files.split_by)
 
     def image(self, ref: Ref) -> np.ndarray:
@@ -287,7 +297,7 @@ def _image(image_id: int, images: dict[int, dict], names: set[str]) -> ImageFile
     # A ref's own `file_name` carries an annotation number: it is not the image's name.
     if image_id not in images:
         raise UserError(f"image {image_id} is not in instances.json")
-    image = ImageFile(*(images[image_id][field] for field in ("file_name", "height", "width")))
+    image = _image_file(images[image_id])
     if image.name not in names:
         raise UserError(f"image file {image.name} is missing")
     try:
@@ -297,12 +307,17 @@ def _image(image_id: int, images: dict[int, dict], names: set[str]) -> ImageFile
     return image
 
 
-def _ann_ids(value: int | list) -> tuple[int, ...]:
-    """A ref's annotations: one, several, or (-1) none."""
+def _image_file(record: dict) -> ImageFile:
+    return ImageFile(record["file_name"], record["height"], record["width"])
+
+
+def _ann_ids(value: int | list, generalized: bool) -> tuple[int, ...]:
+    """A ref's annotations: one, several, or none: [-1], and in gRefCOCO's file -1 as well."""
     ids = value if isinstance(value, list) else [value]
     if not ids or not all(type(i) is int and -(2**63) <= i < 2**63 for i in ids):
         raise UserError("its ann_id is neither a number nor a list of numbers")
-    return () if ids == [-1] else tuple(ids)
+    none = ids == [-1] and (generalized or ids is value)
+    return () if none else tuple(ids)
 
 
 def _category(value: int | list, categories: dict[int, dict]) -> str:

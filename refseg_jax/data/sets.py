@@ -21,6 +21,7 @@ from refseg_jax.errors import UserError
 TRAIN = "train"
 MERGED = "merged"
 ANY = "prepared"  # Whatever set is prepared in the root.
+_PUBLISHED = {f"{dataset}_{split_by}" for dataset, split_by in KNOWN_COUNTS} | {"grefcoco_unc"}
 
 _COCO_NAME = re.compile(
     r"(?:.*/)?(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.(?:jpe?g|png|webp)", re.IGNORECASE
@@ -37,15 +38,16 @@ def open_set(
     name: str,
     splits: Sequence[str] | None = None,
     *,
-    text_field: str = "raw",
+    text_field: str | None = "raw",
     partial: bool = False,
 ) -> dict[str, FileSource]:
     """The named splits of a set, or all that it has; `partial`: without what cannot be used.
 
-    `text_field` is that of raw sets, see `refer.ReferSource`.
+    `text_field`: see `refer.ReferSource`; None takes what a set was prepared with.
 
     Raises:
-      UserError: there is no such set or split, or its files are missing or damaged.
+      UserError: there is no such set or split, it was prepared with another field's texts, or its
+        files are missing or damaged.
     """
     root = str(root).rstrip("/")
     for folder in (f"{root}/{name}", root):
@@ -55,6 +57,14 @@ def open_set(
         found = set_name(header.dataset, header.split_by)
         if folder == root and name not in (found, ANY):
             raise UserError(f"{root} holds the prepared set {found}, not {name}: give another root")
+        if name != found and name in _PUBLISHED:
+            raise UserError(f"{folder} holds the prepared set {found}: name the folder so")
+        if header.text_field and text_field and header.text_field != text_field:
+            raise UserError(
+                f"{folder} was prepared with the texts {header.text_field!r} of its sentences, "
+                f"config.data.text_field is {text_field!r}: prepare it with --text_field "
+                f"{text_field}, or set the field to what there is"
+            )
         return {split: PreparedSource(folder, split) for split in splits or header.splits}
     dataset, _, split_by = name.rpartition("_")
     if "://" in root or not dataset:
@@ -65,10 +75,11 @@ def open_set(
     files = ReferFiles(root, dataset, split_by)
     return {
         split: ReferSource(
-            root, dataset, split_by, split, text_field=text_field, partial=partial, files=files
+            root, dataset, split_by, split,
+            text_field=text_field or "raw", partial=partial, files=files,
         )
         for split in splits or files.splits
-    }
+    }  # fmt: skip
 
 
 def open_merged(root: str, names: Sequence[str], split: str, text_field: str = "raw") -> FileSource:
@@ -78,7 +89,7 @@ def open_merged(root: str, names: Sequence[str], split: str, text_field: str = "
       UserError: see `open_set` and `MergedSource`.
     """
     if is_prepared(str(root).rstrip("/")):
-        return open_set(root, MERGED, [split])[split]
+        return open_set(root, MERGED, [split], text_field=text_field)[split]
     if split == TRAIN:
         return MergedSource({name: open_set(root, name, text_field=text_field) for name in names})
     name, _, part = split.rpartition("/")
@@ -141,11 +152,11 @@ class MergedSource(RefList):
             if split not in splits
         ]
         held_out = {
-            image_key(source.image_file(source[i]))
+            image_key(file)
             for splits in sets.values()
             for split, source in splits.items()
             if split != TRAIN
-            for i in range(len(source))
+            for file in (*map(source.image_file, source), *source.other_images)
         }
         refs: list[Ref] = []
         faults: list[str] = []
@@ -153,7 +164,7 @@ class MergedSource(RefList):
         self.dropped: dict[str, tuple[int, int, int]] = {}
         for name, splits in sets.items():
             source, lost = splits[TRAIN], collections.Counter()
-            faults += (f"{name}: {fault}" for fault in getattr(source, "faults", ()))
+            faults += (f"{name}: {fault}" for fault in source.faults)
             for ref in (source[i] for i in range(len(source))):
                 key = image_key(source.image_file(ref))
                 if key in held_out:

@@ -10,9 +10,11 @@ Every record is msgpack, which holds plain data only. `prepare.py` writes them. 
 An image's record is {name, height, width, image: the encoded picture, refs}, a ref {split, ref_id,
 image_id, ann_ids, category, sentences: [[sent_id, text, kind], ...], mask: `rle.encode`d}. The
 index's records are a header {format, version, dataset, split_by, shards: [[file, records], ...],
-splits: [name, ...]}, the images [[name, height, width], ...] in the order of the shards, and for
-each split its refs [[ref_id, image_id, ann_ids, category, sentences, number of the image, number
-of the ref in the image's record], ...] in the order of the dataset.
+splits: [name, ...], text_field: "raw", "sent", or "" where there is one text alone, left_out:
+[[split, name, height, width], ...], images of refs that are not here}, the images [[name, height,
+width], ...] in the order of the shards, and for each split its refs [[ref_id, image_id, ann_ids,
+category, sentences, number of the image, number of the ref in the image's record], ...] in the
+order of the dataset.
 """
 
 import contextlib
@@ -43,12 +45,18 @@ FORMAT, VERSION = "refseg_jax", 1
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The head of an index: which dataset it is, its shards (file, records) and splits."""
+    """The head of an index: which dataset it is, its shards (file, records) and splits.
+
+    `text_field`: which of two texts its sentences are, "raw" or "sent", or "". `left_out`: (split,
+    name, height, width) of images of refs that could not be used.
+    """
 
     dataset: str
     split_by: str
     shards: tuple[tuple[str, int], ...]
     splits: tuple[str, ...]
+    text_field: str = ""
+    left_out: tuple[tuple[str, str, int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +103,8 @@ class PreparedSource(RefList):
         self._shards = header.shards
         self._local = threading.local()
         self._open()
-        super().__init__(header.dataset, split, refs)
+        others = (ImageFile(*image) for of, *image in header.left_out if of == split)
+        super().__init__(header.dataset, split, refs, other_images=others)
         warn_if_partial(self, header.split_by)
 
     def _open(self) -> None:
@@ -210,8 +219,13 @@ def read_header(root: str) -> Header:
         shards = tuple(tuple(_typed(shard, (str, int))) for shard in fields["shards"])
         if any("/" in name or count < 0 for name, count in shards):
             raise ValueError("it names a shard that cannot be")
-        header = Header(fields["dataset"], fields["split_by"], shards, tuple(fields["splits"]))
-        _typed([header.dataset, header.split_by, *header.splits], (str,) * (2 + len(header.splits)))
+        left_out = fields.get("left_out", ())  # Sets of earlier versions have neither.
+        left_out = tuple(tuple(_typed(image, (str, str, int, int))) for image in left_out)
+        names = [fields["dataset"], fields["split_by"], fields.get("text_field", "")]
+        _typed([*names, *fields["splits"]], (str,) * (3 + len(fields["splits"])))
+        dataset, split_by, text_field = names
+        splits = tuple(fields["splits"])
+        header = Header(dataset, split_by, shards, splits, text_field, left_out)
     return header
 
 

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
@@ -29,7 +30,8 @@ VERSION = "1.1.0"
 _DATASETS = {"refcocoplus": "refcoco+"}
 _SPLITS = {"validation": "val"}
 _HEAD = struct.Struct("<QI")  # TFRecord: length and its checksum before the record,
-_FOOT = 4  # the record's checksum after it.
+_FOOT = struct.Struct("<I")  # the record's checksum after it.
+_FAULTS_SHOWN = 5
 
 
 class _Place(NamedTuple):
@@ -43,12 +45,22 @@ class _Place(NamedTuple):
 class TfdsSource(RefList):
     """One split of a built `ref_coco`; `records.FileSource` says what it offers.
 
+    `partial`: leave out refs that cannot be used (`faults` lists them), where that is an error.
+
     Raises:
-      UserError: a file is damaged or holds something else.
+      UserError: a file is damaged or holds something else, or refs cannot be used.
     """
 
-    def __init__(self, dataset: str, split_by: str, split: str, paths: list[pathlib.Path]):
+    def __init__(
+        self,
+        dataset: str,
+        split_by: str,
+        split: str,
+        paths: list[pathlib.Path],
+        partial: bool = False,
+    ):
         refs: list[Ref] = []
+        faults: list[str] = []
         self._places: dict[int, _Place] = {}
         self._files: dict[int, ImageFile] = {}
         self._masks: dict[int, int] = {}  # Of a ref: the number of its mask in the record.
@@ -59,7 +71,9 @@ class TfdsSource(RefList):
                     (image_id,) = features["image/id"].int64_list.value
                     with Image.open(io.BytesIO(_picture(features))) as picture:
                         size = picture.height, picture.width
-                    found = _refs(features, image_id, split)
+                    found = _refs(features, image_id, split, faults)
+                except UserError:
+                    raise
                 except Exception as error:  # Damage shows in almost any way.
                     raise UserError(
                         f"record {len(self._places)} of {split} in {path} is damaged or not "
@@ -67,9 +81,17 @@ class TfdsSource(RefList):
                     ) from error
                 self._places[image_id] = place
                 self._files[image_id] = ImageFile(f"COCO_train2014_{image_id:012d}.jpg", *size)
-                self._masks |= {ref.ref_id: k for k, ref in enumerate(found)}
-                refs += found
-        super().__init__(dataset, split, refs)
+                self._masks |= {ref.ref_id: k for k, ref in found.items()}
+                refs += found.values()
+        if faults and not (partial and refs):
+            raise UserError(
+                f"{len(faults)} refs of split {split!r} cannot be used: "
+                f"{'; '.join(faults[:_FAULTS_SHOWN])}{'; ...' * (len(faults) > _FAULTS_SHOWN)}"
+                " (leave them out with --partial)"
+            )
+        used = {ref.image_id for ref in refs}
+        others = (file for image_id, file in self._files.items() if image_id not in used)
+        super().__init__(dataset, split, refs, faults, others)
         self.num_images = len(self._files)
         warn_if_partial(self, split_by)
 
@@ -93,13 +115,19 @@ class TfdsSource(RefList):
         masks = _features(self._places[ref.image_id])["objects/mask"].bytes_list.value
         try:
             with Image.open(io.BytesIO(masks[self._masks[ref.ref_id]])) as picture:
-                return np.asarray(picture).astype(bool)
+                mask = np.asarray(picture) != 0
+                # Masks that a build was given as arrays have three channels.
+                return mask.reshape(*mask.shape[:2], -1).any(axis=2)
         except Exception as error:  # Pillow's decoders raise almost anything.
             raise UserError(f"the mask of annotation {ref.ref_id} is damaged ({error})") from error
 
 
-def open_built(root: str) -> tuple[str, str, dict[str, TfdsSource], list[pathlib.Path]]:
+def open_built(
+    root: str, partial: bool = False
+) -> tuple[str, str, dict[str, TfdsSource], list[pathlib.Path]]:
     """(dataset, split_by, its splits, the files that describe it) of a built `ref_coco`.
+
+    `partial`: see `TfdsSource`.
 
     Raises:
       UserError: that is not such a folder, its version has no masks, or files are missing,
@@ -134,7 +162,7 @@ def open_built(root: str) -> tuple[str, str, dict[str, TfdsSource], list[pathlib
                 f"{folder} has {len(paths)} of the {len(counts)} files of {built}: build it again"
             )
         split = _SPLITS.get(built, built)
-        sources[split] = TfdsSource(dataset, split_by, split, paths)
+        sources[split] = TfdsSource(dataset, split_by, split, paths, partial)
         if sources[split].num_images != sum(counts):
             raise UserError(
                 f"{folder} has {sources[split].num_images} of the {sum(counts)} images of {built}: "
@@ -161,9 +189,9 @@ def _places(path: pathlib.Path) -> Iterator[_Place]:
         while position < end:
             head = file.read(_HEAD.size)
             start = position + _HEAD.size
-            length = _HEAD.unpack(head)[0] if len(head) == _HEAD.size else end
-            position = start + length + _FOOT
-            if position > end:
+            length, check = _HEAD.unpack(head) if len(head) == _HEAD.size else (end, 0)
+            position = start + length + _FOOT.size
+            if position > end or check != _checksum(head[:8]):
                 raise UserError(f"{path} is cut off or damaged: build it again")
             yield _Place(path, start, length)
             file.seek(position)
@@ -178,6 +206,9 @@ def _features(place: _Place) -> Mapping[str, Any]:
         with open(place.path, "rb") as file:
             file.seek(place.start)
             record = file.read(place.length)
+            (check,) = _FOOT.unpack(file.read(_FOOT.size))
+        if check != _checksum(record):
+            raise UserError(f"{place.path}, byte {place.start}: it is damaged: build it again")
     else:
         reader = ArrayRecordReader(str(place.path))
         (record,) = reader.read([place.start])
@@ -185,13 +216,24 @@ def _features(place: _Place) -> Mapping[str, Any]:
     return tf_example_pb2.Example.FromString(record).features.feature
 
 
+def _checksum(data: bytes) -> int:
+    """TFRecord's: a CRC-32C, turned by 15 bits, and a constant added."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
 def _picture(features: Mapping[str, Any]) -> bytes:
     (picture,) = features["image"].bytes_list.value
     return picture
 
 
-def _refs(features: Mapping[str, Any], image_id: int, split: str) -> list[Ref]:
-    """The refs of one image; what is a list of lists is stored flat, with the lists' lengths."""
+def _refs(
+    features: Mapping[str, Any], image_id: int, split: str, faults: list[str]
+) -> dict[int, Ref]:
+    """The refs of one image by their objects' numbers there; `faults` gets what cannot be used.
+
+    What is a list of lists is stored flat, with the lists' lengths.
+    """
     sentences = zip(
         features["objects/refexp/raw/ragged_flat_values"].bytes_list.value,
         features["objects/refexp/refexp_id/ragged_flat_values"].int64_list.value,
@@ -201,20 +243,18 @@ def _refs(features: Mapping[str, Any], image_id: int, split: str) -> list[Ref]:
     lengths = features["objects/refexp/raw/ragged_row_lengths_0"].int64_list.value
     if len(features["objects/mask"].bytes_list.value) != len(ann_ids):
         raise ValueError("it has not as many masks as objects")
-    refs = [
-        Ref(
-            ann_id,
-            image_id,
-            (ann_id,),
-            "",
-            split,
-            tuple(
-                Sentence(annotations.clean_text(text.decode(), f"sentence {i}"), i)
-                for text, i in itertools.islice(sentences, length)
-            ),
-        )
-        for ann_id, length in zip(ann_ids, lengths, strict=True)
-    ]
-    if next(sentences, None) or not all(ref.sentences for ref in refs):
+    refs = {}
+    for k, (ann_id, length) in enumerate(zip(ann_ids, lengths, strict=True)):
+        said = [(text.decode(), i) for text, i in itertools.islice(sentences, length)]
+        if not said:
+            raise ValueError("its expressions do not fit its objects")
+        try:
+            texts = [(annotations.clean_text(text, f"sentence {i}"), i) for text, i in said]
+        except UserError as fault:
+            faults.append(f"ref {ann_id}: {fault}")
+            continue
+        spoken = tuple(Sentence(text, i) for text, i in texts)
+        refs[k] = Ref(ann_id, image_id, (ann_id,), "", split, spoken)
+    if next(sentences, None):
         raise ValueError("its expressions do not fit its objects")
     return refs

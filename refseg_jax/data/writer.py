@@ -31,7 +31,7 @@ from refseg_jax.data.files import (
     write_json,
 )
 from refseg_jax.data.records import FileSource, ImageFile, RefList
-from refseg_jax.data.refer import count_differences
+from refseg_jax.data.refer import KNOWN_COUNTS, count_differences
 from refseg_jax.data.shards import (
     FORMAT,
     INDEX,
@@ -53,7 +53,8 @@ _FAULTS_SHOWN = 5
 
 Place = tuple[str, int]  # A ref: its split and number.
 ShardState = dict[str, Any]  # Of one shard, with these fields:
-_STATE_FIELDS = {"file", "records", "bytes", "sha256", "left_out"}  # [[split, number, why], ...]
+# left_out: [[split, number, why], ...], blank: [[split, number], ...].
+_STATE_FIELDS = {"file", "records", "bytes", "sha256", "left_out", "blank"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,12 +228,13 @@ def _make_shard(plan: Plan, out: pathlib.Path, k: int, state: ShardState | None)
     ):
         return state
     left_out: list[list] = []
+    blank: list[list] = []
     records = 0
 
     def usable() -> Iterator[bytes]:
         nonlocal records
         for image in plan.shards[k]:
-            record, faults = _record(plan, image)
+            record, faults = _record(plan, image, blank)
             left_out.extend(faults)
             if record is not None:
                 records += 1
@@ -244,7 +246,7 @@ def _make_shard(plan: Plan, out: pathlib.Path, k: int, state: ShardState | None)
             temporary.unlink()
             return {"left_out": left_out}
         state = {"file": path.name, "records": records, **checksum(temporary)}
-        state["left_out"] = left_out
+        state |= {"left_out": left_out, "blank": blank}
     write_json(out / f"{path.name}.json", state)
     return state
 
@@ -253,7 +255,7 @@ def _faults_of(plan: Plan, state: ShardState) -> list[list]:
     """What `state` would leave out today, of the same images: some may have been mended."""
     refs = ((plan.sources[split], i) for split, i, _ in state["left_out"])
     images = dict.fromkeys(source.image_file(source[i]) for source, i in refs)
-    return [fault for image in images for fault in _record(plan, image)[1]]
+    return [fault for image in images for fault in _record(plan, image, [])[1]]
 
 
 def _write_records(path: pathlib.Path, records: Iterable[bytes]) -> None:
@@ -268,8 +270,11 @@ def _write_records(path: pathlib.Path, records: Iterable[bytes]) -> None:
         raise OSError(str(error)) from error
 
 
-def _record(plan: Plan, image: ImageFile) -> tuple[bytes | None, list[list]]:
-    """The record of one image, and [split, number, why] for every ref that is left out."""
+def _record(plan: Plan, image: ImageFile, blank: list[list]) -> tuple[bytes | None, list[list]]:
+    """The record of one image, and [split, number, why] for every ref that is left out.
+
+    To `blank` go those, [split, number], that have a target but no pixel of it.
+    """
     places, size = plan.images[image], (image.height, image.width)
     split, first = places[0]
     source = plan.sources[split]
@@ -299,6 +304,8 @@ def _record(plan: Plan, image: ImageFile) -> tuple[bytes | None, list[list]]:
         except UserError as error:
             faults.append([split, i, str(error)])
             continue
+        if ref.ann_ids and not mask.any():
+            blank.append([split, i])
         entries.append({"split": split, **ref_fields(ref), "mask": rle.encode(mask)})
     if not entries:
         return None, faults
@@ -316,6 +323,12 @@ def _refuse_faults(plan: Plan, out: pathlib.Path, states: list[ShardState]) -> N
             f"{'; ...' * (len(faults) > _FAULTS_SHOWN)} (mend them and run this again, or leave "
             "them out with --partial)"
         )
+
+
+def missing_splits(plan: Plan) -> list[str]:
+    """Splits that are published of its dataset, and not among its sources."""
+    known = KNOWN_COUNTS.get((plan.dataset, plan.split_by), {})
+    return [split for split in known if split not in plan.sources]
 
 
 def _fault(plan: Plan, split: str, i: int, why: str) -> str:
@@ -339,26 +352,46 @@ def _finish(plan: Plan, out: pathlib.Path, states: list[ShardState]) -> dict[str
         split: [(source[i], *places[split, i]) for i in range(len(source)) if (split, i) in places]
         for split, source in plan.sources.items()
     }
+    skipped = {split: list(source.faults) for split, source in plan.sources.items()}
+    for state in states:
+        for fault in state["left_out"]:
+            skipped[fault[0]].append(_fault(plan, *fault))
     empty = [split for split, rows in refs.items() if not rows]
     if empty:
-        raise UserError(f"nothing usable is left of split {', '.join(empty)}")
+        why = [line for split in empty for line in skipped[split]]
+        raise UserError(
+            f"nothing usable is left of split {', '.join(empty)}: {'; '.join(why[:_FAULTS_SHOWN])}"
+            f"{f'; ... ({len(why)} refs)' if len(why) > _FAULTS_SHOWN else ''}"
+        )
+    others = [
+        (split, *dataclasses.astuple(image))
+        for split, source in plan.sources.items()
+        for image in dict.fromkeys(
+            [
+                *source.other_images,
+                *(source.image_file(source[i]) for of, i in left_out if of == split),
+            ]
+        )
+    ]
     header = Header(
         plan.dataset,
         plan.split_by,
         tuple((state["file"], state["records"]) for state in states if state["records"]),
         tuple(refs),
+        plan.about.get("text_field", ""),
+        tuple(others),
     )
     with replacing(out / INDEX) as temporary:
         _write_records(temporary, index_records(header, images, refs.values()))
         index = {"file": INDEX, **checksum(temporary)}
     kept = {split: RefList(plan.dataset, split, [r[0] for r in refs[split]]) for split in refs}
-    skipped = {split: list(getattr(s, "faults", ())) for split, s in plan.sources.items()}
-    for state in states:
-        for fault in state["left_out"]:
-            skipped[fault[0]].append(_fault(plan, *fault))
     differences = {
         split: count_differences(source, plan.split_by) for split, source in kept.items()
     }
+    differences |= {split: ["it is missing"] for split in missing_splits(plan)}
+    blank: dict[str, list[str]] = {}
+    for split, i in (place for state in states for place in state["blank"]):
+        blank.setdefault(split, []).append(_named(plan, split, i))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -377,6 +410,7 @@ def _finish(plan: Plan, out: pathlib.Path, states: list[ShardState]) -> dict[str
         "images": len(images),
         "differences": {split: lines for split, lines in differences.items() if lines},
         "skipped": {split: lines for split, lines in skipped.items() if lines},
+        "blank": blank,
         "index": index,
         "shards": states,
         "plan": read_json(out / PLAN)["plan"],
