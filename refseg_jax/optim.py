@@ -24,7 +24,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callab
     """
     warmup = config.warmup_steps
     decay = (config.decay_steps or round(config.decay_share * total_steps)) - warmup
-    if decay <= 0:
+    if decay <= 0 and config.schedule != "constant":
         raise UserError(
             f"config.optim.warmup_steps={warmup} leaves no steps to decay over: "
             f"the run has {total_steps} steps, and the decay ends at {decay + warmup} (give fewer "

@@ -50,8 +50,9 @@ def train_step(
     """One optimiser step on a batch (see `data/pipeline.py` for its arrays).
 
     With `accumulate` = A the B rows are taken in A parts of B/A, whose gradients are averaged:
-    the same update, but for batch statistics and random draws (dropout, CMIC's samples), which
-    are each part's own, in 1/A of the activation memory.
+    the same update, but for what is each part's own (batch statistics, random draws such as
+    dropout and CMIC's samples, and the sum of the pixels' weights that LAVT's and CrossVLT's loss
+    is divided by), in 1/A of the activation memory.
     Returns the next state and float32 scalars: loss, grad_norm, and the model's own.
     """
     step_key = jax.random.fold_in(state.key, state.step)

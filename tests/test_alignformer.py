@@ -200,6 +200,9 @@ def test_paper_size(variant, parameters):
 def test_fields_that_do_not_fit_are_errors():
     with pytest.raises(UserError, match="fusion='both'"):
         build(model__fusion="both")
+    for field in ("fuse_hidden", "gate_hidden"):
+        with pytest.raises(UserError, match=f"{field}=0.001 leaves no hidden channel"):
+            build(**{f"model__{field}": 0.001})
     with pytest.raises(UserError, match="cmic_weight=0"):
         build(model__grouping=False, model__cmic_weight=0.5)
     with pytest.raises(UserError, match="config.model.swin has no field depth"):

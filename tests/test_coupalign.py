@@ -415,6 +415,7 @@ def test_rate_falls_to_half_by_epoch_25_of_50():
         ({"backbone": "vgg"}, "backbone='vgg'"),
         ({"direction": "both"}, "direction='both'"),
         ({"sentence": "max"}, "sentence='max'"),
+        ({"generator_dim": 66}, "generator_dim=66 is not a multiple of 4"),
         ({"wpa_stages": (2, 1)}, "wpa_stages"),
     ],
 )

@@ -15,6 +15,7 @@ from refseg_jax.errors import UserError
 from refseg_jax.losses.segmentation import two_class_loss
 from refseg_jax.models.crossvlt import CrossVLTConfig, PrintedFusion, PrintedUpdate
 from refseg_jax.models.encoders.bert import MemoryAttention
+from refseg_jax.models.lavt import LAVTConfig
 from refseg_jax.models.layers.early_fusion import PixelWordAttention
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.optim import assign_groups, make_optimizer
@@ -182,11 +183,21 @@ def test_variants_have_their_parts_only():
         ("head_dim", 0),
         ("head_dim", 48),
         ("align_dim", 0),
+        ("class_weights", (1.0,)),
     ],
 )
 def test_wrong_fields_are_named(field, value):
     with pytest.raises(UserError, match=f"config.model.{field}"):
         CrossVLTConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (1.0, 1.0, 5.0), (0.0, 0.0), (-1.0, 2.0), (np.nan, 1.0), (np.inf, 1.0)]
+)
+def test_class_weights_are_two(weights):
+    with pytest.raises(UserError, match="config.model.class_weights=.* are not two"):
+        LAVTConfig(class_weights=weights)
+    LAVTConfig(class_weights=(0.0, 1.0))
 
 
 @pytest.mark.parametrize("name", ["crossvlt", "lavt"])

@@ -77,6 +77,8 @@ def test_what_is_frozen_has_no_part_in_clipping():
 def test_warmup_longer_than_the_run_is_an_error():
     with pytest.raises(UserError, match="warmup_steps=10"):
         make_schedule(config(warmup_steps=10), 10)
+    schedule = make_schedule(config(warmup_steps=10, schedule="constant"), 10)
+    assert schedule(20) == np.float32(config().lr)  # It never decays.
 
 
 def test_first_matching_group_wins_and_covers_each_parameter_once():

@@ -288,7 +288,12 @@ def test_pickles_run_no_code(tmp_path, protocol):
         with pytest.raises(UserError, match=f"it holds .*{what}, which is not plain data"):
             load(tmp_path)
 
-    refs[0]["extra"] = [{1}, frozenset({2}), b"\xff\x00", 1.5, None, (True, 1 << 70)]
+    pairs = b"]}(" + b")" + b"2\x86" * 60 + b"K\x01u."  # A name whose hash takes for ever.
+    path.write_bytes(b"\x80\x02" + pairs)
+    with pytest.raises(UserError, match="tuples within tuples"):
+        load(tmp_path)
+
+    refs[0]["extra"] = [((1, 2), 3), {1}, frozenset({2}), b"\xff\x00", 1.5, None, (True, 1 << 70)]
     path.write_bytes(pickle.dumps(refs, protocol))
     assert annotations.read(path) == refs
 

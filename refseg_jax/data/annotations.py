@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+from refseg_jax import pickles
 from refseg_jax.errors import UserError
 
 _INSTANCE_FIELDS = {
@@ -19,23 +20,8 @@ _INSTANCE_FIELDS = {
 }
 
 
-_TUPLES = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
 # What plain data does without: an object's state, and memory taken in advance.
 _NOT_PLAIN = {pickle.BUILD[0]: "an object's state", pickle.BYTEARRAY8[0]: "a bytearray"}
-
-
-def _flat(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A step that builds a tuple, made to refuse tuples within it.
-
-    Deep ones overflow the stack when they are hashed.
-    """
-
-    def checked(unpickler) -> None:
-        load(unpickler)
-        if any(isinstance(value, tuple) for value in unpickler.stack[-1]):
-            raise pickle.UnpicklingError("it holds tuples within tuples")
-
-    return checked
 
 
 def _refuse(what: str) -> Callable[[Any], None]:
@@ -45,18 +31,15 @@ def _refuse(what: str) -> Callable[[Any], None]:
     return refused
 
 
-class _PlainUnpickler(pickle._Unpickler):
+class _PlainUnpickler(pickles.Unpickler):
     """Builds nothing but plain containers, strings, numbers and bytes: refs come from strangers.
 
-    It is the one in Python, which takes three times as long: the one in C asks for as much memory
-    as a damaged number says. Most plain values need no import at all; these few do, depending on
-    the pickle's protocol.
+    Most plain values need no import at all; these few do, depending on the pickle's protocol.
     """
 
-    dispatch = {
-        code: _flat(load) if code in _TUPLES else load
-        for code, load in pickle._Unpickler.dispatch.items()
-    } | {code: _refuse(what) for code, what in _NOT_PLAIN.items()}
+    dispatch = pickles.Unpickler.dispatch | {
+        code: _refuse(what) for code, what in _NOT_PLAIN.items()
+    }
     _ADMITTED = {
         ("__builtin__", "set"): set,
         ("builtins", "set"): set,

@@ -1,8 +1,12 @@
 """Losses of masks, per sample and in float32."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from refseg_jax.errors import UserError
 
 
 def sigmoid_bce(logits: jax.Array, target: jax.Array, weight: jax.Array | None = None) -> jax.Array:
@@ -38,6 +42,15 @@ def two_class_loss(
     """
     weight = jnp.where(mask, weights[1], weights[0]) * valid[:, None, None]
     return sigmoid_bce(logits[None], mask[None], weight[None])[0]
+
+
+def check_class_weights(weights: tuple[float, ...]) -> None:
+    """Raises a UserError where config.model.class_weights are not what `two_class_loss` takes."""
+    if len(weights) != 2 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise UserError(
+            f"config.model.class_weights={weights} are not two weights, of a background and of a "
+            "foreground pixel, one of them at least above 0"
+        )
 
 
 def majority_downsample(mask: jax.Array, factor: int = 4) -> jax.Array:

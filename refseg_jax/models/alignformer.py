@@ -76,6 +76,13 @@ class AlignFormerConfig:
             raise UserError(
                 f"config.model.query={self.query!r} is not one of {', '.join(SENTENCES)}"
             )
+        narrowest = min(*self.swin.widths, self.bert.hidden)
+        for name in ("fuse_hidden", "gate_hidden"):
+            if int(narrowest * getattr(self, name)) < 1:
+                raise UserError(
+                    f"config.model.{name}={getattr(self, name)} leaves no hidden channel of "
+                    f"{narrowest}"
+                )
         if self.cmic_weight and not self.grouping:
             raise UserError(
                 "config.model.grouping=False has no centre embedding to contrast with: "

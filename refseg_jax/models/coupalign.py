@@ -77,6 +77,11 @@ class CoupAlignConfig:
                 f"config.model.heads={self.heads} do not divide bert.hidden and generator_dim, "
                 f"{widths[0]} and {widths[1]}"
             )
+        if self.generator_dim % 4:
+            raise UserError(
+                f"config.model.generator_dim={self.generator_dim} is not a multiple of 4, as sine "
+                "positions need"
+            )
         for name, choices in (
             ("backbone", BACKBONES),
             ("direction", ("bi", "uni")),

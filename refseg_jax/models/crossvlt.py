@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from refseg_jax.errors import UserError
 from refseg_jax.losses.contrastive import unit_length
 from refseg_jax.losses.segmentation import (
+    check_class_weights,
     majority_downsample,
     masked_mean,
     sigmoid_bce,
@@ -77,6 +78,7 @@ class CrossVLTConfig:
                     f"config.model.{name}={getattr(self, name)!r} is not one of "
                     + ", ".join(choices)
                 )
+        check_class_weights(self.class_weights)
         stages = tuple(range(1, len(self.vision.depths) + 1))
         for name in ("fusion_stages", "align_stages"):
             chosen = getattr(self, name)

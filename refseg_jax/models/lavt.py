@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from refseg_jax.errors import UserError
-from refseg_jax.losses.segmentation import two_class_loss
+from refseg_jax.losses.segmentation import check_class_weights, two_class_loss
 from refseg_jax.models.encoders.bert import Bert, BertConfig
 from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
@@ -45,6 +45,7 @@ class LAVTConfig:
             raise UserError(
                 f"config.model.fusion_heads={heads} do not divide the stages' widths {widths}"
             )
+        check_class_weights(self.class_weights)
 
 
 class PWAM(nn.Module):

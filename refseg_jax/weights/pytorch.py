@@ -12,7 +12,6 @@ import collections
 import io
 import os
 import pathlib
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -20,12 +19,14 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from refseg_jax import pickles
 from refseg_jax.errors import UserError
 
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 
 # Where a training script puts the arrays, in a dict beside its optimiser and its settings.
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
+_NAMED = 5  # In an error.
 # The second model of a file: its names get the wrapper's in front. LAVT's BERT.
 _SECOND = "bert_model"
 
@@ -52,13 +53,22 @@ _INERT = {
     ("numpy._core.multiarray", "scalar"),
     ("_codecs", "encode"),
     # Where Python 3.13 has them, too.
-    *((m, f"{kind}Path") for m in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    *(
+        (module, f"{pure}{kind}Path")
+        for module in ("pathlib", "pathlib._local")
+        for pure in ("", "Pure")
+        for kind in ("Posix", "Windows")
+    ),
+    *(("datetime", name) for name in ("date", "datetime", "timedelta")),
+    ("types", "SimpleNamespace"),
     ("torch", "Tensor"),
     ("torch.nn.parameter", "Buffer"),
     ("torch.nn.parameter", "Parameter"),
     ("torch", "device"),
     ("torch", "Size"),
-    *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64")),
+    ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64", "bool", "uint8")),
+    *(("torch", name) for name in ("int8", "int16", "int32", "int64")),
     *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
     ("numpy", "ndarray"),
     ("yacs.config", "CfgNode"),
@@ -104,11 +114,8 @@ class _Scripted(dict):
         self.update(state)
 
 
-class _Unpickler(pickle._Unpickler):
-    """Builds plain values, `_Tensor`s and stand-ins; `storages` are those it came by.
-
-    It is the one in Python: the one in C takes as much memory as a damaged number says.
-    """
+class _Unpickler(pickles.Unpickler):
+    """Builds plain values, `_Tensor`s and stand-ins; `storages` are those it came by."""
 
     def __init__(self, file: BinaryIO, path: pathlib.Path):
         super().__init__(file, encoding="utf-8")
@@ -251,7 +258,11 @@ def _arrays(
     """The tensors as arrays: views of their storages, each of which is read once."""
     tensors, beside = _unwrap(content)
     if not tensors:
-        raise ValueError("it holds no arrays by name")
+        raise ValueError(
+            "it holds no arrays by name"
+            + (f", but {', '.join(beside[:_NAMED])}" if beside else "")
+            + f"; where they are not at the top they must be in {' or '.join(_WRAPPERS)}"
+        )
     storages: dict[_Storage, np.ndarray] = {}
     arrays = {}
     for name, (storage, offset, shape, stride) in tensors.items():

@@ -3,6 +3,7 @@
 import argparse
 import builtins
 import collections
+import datetime
 import os
 import pathlib
 import pickle
@@ -179,6 +180,11 @@ def test_without_arrays_by_name(save, content):
         read_pytorch(save(content))
 
 
+def test_a_wrapping_that_is_not_known_is_named(save):
+    with pytest.raises(UserError, match="no arrays by name, but teacher, epoch; .*model or state"):
+        read_pytorch(save({"teacher": {"a": torch.ones(2)}, "epoch": 3}))
+
+
 def test_cut_short(save, tmp_path):
     whole = save({"model": {str(i): torch.ones(50) for i in range(4)}}).read_bytes()
     cut = tmp_path / "cut.pth"
@@ -320,10 +326,27 @@ def test_what_the_authors_scripts_save_beside_the_arrays(save):
         "epoch": 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
         "scheduler": schedule.state_dict(), "best_oIoU": torch.tensor(61.5),
         "curve": np.arange(3.0), "dtype": torch.float32,
+        "more": [torch.int32, torch.bool, torch.strided, datetime.datetime(2026, 1, 2),
+                 datetime.timedelta(1), types.SimpleNamespace(a=1), pathlib.PurePosixPath("a")],
     }  # fmt: skip
     arrays, beside = read_pytorch(save(content))
     assert list(arrays) == ["weight", "bias"]
-    assert beside == ["epoch", "optimizer", "scheduler", "best_oIoU", "curve", "dtype"]
+    assert beside == ["epoch", "optimizer", "scheduler", "best_oIoU", "curve", "dtype", "more"]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        b"2\x86" * 60,  # Each a pair of the last one.
+        b"\x85" * 20_000,  # Each holds the last one: its hash overflows the stack.
+        b"q\x00(" + b"h\x00" * 999 + b"tq\x01(" + b"h\x01" * 999 + b"t",  # A million values.
+    ],
+)
+def test_tuples_that_take_for_ever_are_refused(tmp_path, build):
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02})" + build + b"K\x01s.")
+    with pytest.raises(UserError, match="tuples within tuples"):
+        read_pytorch(tmp_path / "model.pth")
 
 
 def test_a_number_in_a_pickle_takes_no_memory(tmp_path):
