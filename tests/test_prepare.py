@@ -353,6 +353,10 @@ def test_a_full_disk_is_named(raw, tmp_path, capsys, monkeypatch):
         (["tfds", "--root", "nowhere"], "nowhere/dataset_info.json"),
         (["merged", "--root", "nowhere"], "nowhere/refcoco/instances.json is missing"),
         (["merged", "--root", "nowhere", "--sets", "photos"], "no prepared set at nowhere"),
+        (
+            ["merged", "--root", "nowhere", "--sets", "refcocog"],
+            "or is refcocog_google or refcocog_umd meant?",
+        ),
     ],
 )
 def test_missing_data_is_one_line(tmp_path, capsys, arguments, message):

@@ -68,9 +68,10 @@ def open_set(
         return {split: PreparedSource(folder, split) for split in splits or header.splits}
     dataset, _, split_by = name.rpartition("_")
     if "://" in root or not dataset:
+        meant = " or ".join(sorted(other for other in _PUBLISHED if other.startswith(f"{name}_")))
         raise UserError(
             f"there is no prepared set at {root} or {root}/{name}: write one with "
-            "`python -m refseg_jax.data.prepare`"
+            f"`python -m refseg_jax.data.prepare`{f', or is {meant} meant?' if meant else ''}"
         )
     files = ReferFiles(root, dataset, split_by)
     return {
