@@ -87,7 +87,7 @@ cd refseg_jax && sudo systemd-run --unit=$service --remain-after-exit --uid=\"\$
 }
 
 # What training on worker 0 is: running, exited (finished), failed, or dead (never started); and
-# with which status it ended, of which 143 is that of a run that was told to stop, and is saved.
+# with which status it ended: 143 is that of a run that was told to stop.
 progress() { on 0 "systemctl show $service --property=SubState,ExecMainStatus"; }
 
 watch() { on 0 "sudo journalctl --unit=$service --lines=100 --follow --output=cat"; }
@@ -145,11 +145,12 @@ look() {
     dead) { install && start; } || failed "training could not be started" ;;
     failed)
       if [[ $answer == *ExecMainStatus=143* ]]; then
-        note "training was told to stop, and is saved"
+        note "training was told to stop"
+        start || failed "training could not be started"
       else
         failed "training failed: launch/tpu.sh watch shows why"
+        start || true
       fi
-      start || true
       ;;
     *) note "${BASH_REMATCH[1]}" ;;
   esac

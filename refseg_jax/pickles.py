@@ -5,10 +5,11 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-# Steps that may put a tuple on the stack.
+# Steps that may put a tuple or a frozenset on the stack.
 _MAY_BUILD = (
-    pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
-    + pickle.REDUCE + pickle.PERSID + pickle.BINPERSID
+    pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + pickle.FROZENSET
+    + pickle.REDUCE + pickle.NEWOBJ + pickle.NEWOBJ_EX + pickle.INST + pickle.OBJ
+    + pickle.PERSID + pickle.BINPERSID
 )  # fmt: skip
 _LARGEST = 10_000
 
@@ -20,7 +21,7 @@ def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
     def checked(unpickler) -> None:
         load(unpickler)
         built = unpickler.stack[-1]
-        if not isinstance(built, tuple):
+        if not isinstance(built, tuple | frozenset):
             return
         within = [unpickler.sizes[id(v)][1] for v in built if id(v) in unpickler.sizes]
         size = len(built) + sum(within)
@@ -34,9 +35,10 @@ def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
 class Unpickler(pickle._Unpickler):
     """The unpickler in Python, for files that may be damaged or malicious.
 
-    The one in C asks for as much memory as a damaged number says. Tuples within tuples have no more
-    values than a real file's, counted as often as they are held: with one that holds another twice,
-    and so on, some bytes suffice for a name whose hash takes for ever, or overflows the stack.
+    The one in C asks for as much memory as a damaged number says. Tuples (and frozensets) within
+    tuples have no more values than a real file's, counted as often as they are held: with one that
+    holds another twice, and so on, some bytes suffice for a name whose hash takes for ever, or
+    overflows the stack.
     """
 
     dispatch = {
@@ -46,4 +48,4 @@ class Unpickler(pickle._Unpickler):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.sizes: dict[int, tuple[tuple, int]] = {}  # By id: a tuple, and its values.
+        self.sizes: dict[int, tuple[tuple | frozenset, int]] = {}  # By id: it, and its values.

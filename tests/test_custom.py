@@ -252,6 +252,18 @@ def test_lines_that_cannot_be_used_are_named_or_skipped(photos, entry, message):
     assert "line 2" in fault
 
 
+def test_images_of_lines_that_cannot_be_used_are_kept_in_mind(photos):
+    """A set that this one is merged with must not be trained on them."""
+    entries = [
+        entry | {"split": split} for entry, split in zip(ENTRIES, ("train", "val"), strict=False)
+    ]
+    blank = entries[0] | {"split": "val", "sentences": [" "]}
+    sources = read(photos, [*entries, blank, {"split": "val", "image": "gone"}], partial=True)
+    first = sources["train"][0]
+    assert sources["val"].other_images == (sources["train"].image_file(first),)
+    assert sources["train"].other_images == ()
+
+
 @pytest.mark.parametrize(
     ("region", "message"),
     [

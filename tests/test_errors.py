@@ -2,13 +2,14 @@
 
 import pytest
 
-from refseg_jax.errors import UserError, command
+from refseg_jax.errors import TERMINATED, UserError, command
 
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
         (UserError("no\nsuch \udcff"), 2, "error: no such \\udcff\n"),
+        (UserError("stopped", TERMINATED), 143, "error: stopped\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
         (OSError(28, "No space left on device"), 2, "error: a file: No space left on device\n"),
         (ImportError("Please install gcsfs"), 2, "error: gs:// needs a library"),

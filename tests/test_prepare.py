@@ -62,7 +62,7 @@ def test_the_manifest_says_what_was_written(raw, whole, tmp_path):
         "train": {"refs": 12, "images": 4, "sentences": 36, "without_target": 0},
         "val": {"refs": 6, "images": 2, "sentences": 18, "without_target": 0},
     }
-    assert (manifest["dataset"], manifest["split_by"], manifest["version"]) == ("shapes", "unc", 1)
+    assert (manifest["dataset"], manifest["split_by"], manifest["version"]) == ("shapes", "unc", 2)
     assert manifest["differences"] == manifest["skipped"] == {}
     assert set(manifest["source"]["files"]) == {"refs(unc).p", "instances.json"}
     assert manifest["licence"] and str(raw) not in json.dumps(manifest)
@@ -223,6 +223,32 @@ def test_masks_without_a_pixel_are_kept_and_listed(raw, tmp_path, capsys):
     before = preparing.contents(tmp_path / "out")
     assert prepare_shapes(root, tmp_path / "out") == 0
     assert preparing.contents(tmp_path / "out") == before
+
+
+def test_the_bytes_do_not_depend_on_hashes(spoiled, tmp_path):
+    """Python's, which are others in each process."""
+    for seed in ("1", "2"):
+        subprocess.run(
+            [
+                sys.executable, "-m", "refseg_jax.data.prepare", "refer", "--root", str(spoiled),
+                "--dataset", "shapes", "--out", tmp_path / seed, "--partial", "--workers", "1",
+            ],
+            cwd=REPO, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+    assert preparing.contents(tmp_path / "1") == preparing.contents(tmp_path / "2")
+    others = PreparedSource(tmp_path / "1", "train").other_images
+    assert [file.name for file in others] == ["shapes_1000000.png", "shapes_1000001.png"]
+
+
+def test_a_name_that_is_no_file_s_is_left_out_like_others(raw, tmp_path, capsys):
+    root = pathlib.Path(shutil.copytree(raw, tmp_path / "root"))
+    path = root / "shapes" / "instances.json"
+    instances = json.loads(path.read_text())
+    instances["images"][0]["file_name"] = "bad\ud800.png"
+    path.write_text(json.dumps(instances))
+    assert prepare_shapes(root, tmp_path / "out", "--partial") == 0
+    assert capsys.readouterr().err.count("left out: ref") == 3
+    assert "bad?.png" in [f.name for f in PreparedSource(tmp_path / "out", "train").other_images]
 
 
 @pytest.fixture

@@ -35,7 +35,9 @@ def test_several_targets_or_none(tmp_path, caplog, capsys):
         "refer", "--root", tmp_path, "--dataset", "mine", "--out", tmp_path / "out", "--workers", 1
     ) == 0  # fmt: skip
     preparing.assert_same_source(PreparedSource(tmp_path / "out", "train"), source)
-    assert preparing.manifest(tmp_path / "out")["splits"]["train"]["without_target"] == 1
+    manifest = preparing.manifest(tmp_path / "out")
+    assert manifest["splits"]["train"]["without_target"] == 1 and manifest["blank"] == {}
+    assert "without_sentences" not in manifest["source"]
 
     # The published file has refs without sentences, which are for nothing.
     refs[2]["sentences"] = []
@@ -48,6 +50,7 @@ def test_several_targets_or_none(tmp_path, caplog, capsys):
         "refer", "--root", tmp_path, "--dataset", "mine", "--out", tmp_path / "out", "--workers", 1
     ) == 0  # fmt: skip
     assert "1 refs without sentences are left out\n" in capsys.readouterr().err
+    assert preparing.manifest(tmp_path / "out")["source"]["without_sentences"] == 1
 
 
 @pytest.mark.parametrize("ann_id", [[], ["1"], [[100]], [True], [100, -1]])
@@ -82,6 +85,8 @@ def test_an_id_that_stands_for_two_things_is_named(tmp_path):
 
 def test_one_annotation_of_minus_one_is_no_target_in_grefcoco_alone(tmp_path):
     refs, instances = small_set()
+    refs[0]["ann_id"] = [-1]
+    assert load(write(tmp_path / "list", refs, instances))[0].ann_ids == ()
     refs[0]["ann_id"] = -1
     root = write(tmp_path, refs, instances)
     with pytest.raises(UserError, match="ref 10: annotation -1 is not in instances.json"):

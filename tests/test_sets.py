@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refseg_jax.data import open_source, refer, sets
+from refseg_jax.data import inspect, open_source, refer, sets
 from refseg_jax.data.records import ImageFile
 from refseg_jax.data.refer import ReferSource
 from refseg_jax.data.shards import PreparedSource
@@ -268,6 +268,32 @@ def test_refs_that_cannot_be_used_hold_their_images_out_all_the_same(tmp_path):
             each = {name: sets.open_set(str(place), name, partial=True) for name in SETS}
             train = sets.merged_splits(each)["train"]
             assert {train[i].image_id for i in range(len(train))} == {1000000}
+
+
+def test_merged_sets_have_the_texts_that_are_asked_for(tmp_path, capsys):
+    root, out = write_sets(tmp_path / "root"), tmp_path / "out"
+    for path in root.glob("[abc]/refs*.json"):
+        refs = json.loads(path.read_text())
+        for sentence in (said for ref in refs for said in ref["sentences"]):
+            sentence["sent"] = f"cleaned {sentence['sent']}"
+        path.write_text(json.dumps(refs))
+    merge = ("merged", "--root", root, "--sets", ",".join(SETS), "--workers", 1, "--out", out)
+    assert preparing.run(*merge, "--text_field", "sent") == 0
+    raw, sent = (sets.open_merged(str(root), SETS, "train", field) for field in ("raw", "sent"))
+    assert raw[0].sentences != sent[0].sentences
+    preparing.assert_same_source(sets.open_merged(str(out), SETS, "train", "sent"), sent)
+    with pytest.raises(UserError, match="the texts 'sent' of its sentences, not 'raw'"):
+        sets.open_merged(str(out), SETS, "train")
+    page = ["--out", str(tmp_path / "page.html")]
+    assert inspect.main(["prepared", "--root", str(out), *page]) == 0
+    capsys.readouterr()
+    within = ["merged", "--root", str(tmp_path / "sets"), "--sets", "a_unc", *page]
+    assert preparing.run(
+        "refer", "--root", root, "--dataset", "a", "--out", tmp_path / "sets" / "a_unc",
+        "--text_field", "sent", "--workers", 1,
+    ) == 0  # fmt: skip
+    assert inspect.main(within) == 2 and "not 'raw'" in capsys.readouterr().err
+    assert inspect.main([*within, "--text_field", "sent"]) == 0
 
 
 def test_splits_that_hold_nothing_out_are_said_to_be_missing(root, caplog, monkeypatch):

@@ -121,7 +121,7 @@ def test_texts_are_those_that_are_asked_for_or_it_is_an_error(raw, tmp_path):
         ) == 0  # fmt: skip
         root = str(tmp_path / field)
         other = {"raw": "sent", "sent": "raw"}[field]
-        with pytest.raises(UserError, match=f"{field!r}.*text_field is {other!r}: prepare it"):
+        with pytest.raises(UserError, match=f"{field!r} of its sentences, not {other!r}: ask"):
             sets.open_set(root, "shapes_unc", text_field=other)
         expected = preparing.refer_sources(raw, "shapes", text_field=field)["val"]
         for asked in (field, None):
@@ -164,7 +164,7 @@ def damage(path, record_number, change):
 
 
 INDEX_DAMAGE = {
-    "version": (0, lambda v: v.update(version=2)),
+    "version": (0, lambda v: v.update(version=1)),
     "format": (0, lambda v: v.update(format="other")),
     "no dataset": (0, lambda v: v.pop("dataset") and None),
     "not a dict": (0, lambda v: [1]),

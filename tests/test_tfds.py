@@ -17,7 +17,7 @@ import tensorflow_datasets
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from refseg_jax.data import shapes, tfds
+from refseg_jax.data import inspect, sets, shapes, tfds
 from refseg_jax.data.shards import PreparedSource
 from refseg_jax.errors import UserError
 from tests import preparing
@@ -95,6 +95,8 @@ def test_it_is_prepared(built, tmp_path, capsys):
     arguments = ("tfds", "--root", built, "--out", tmp_path / "out", "--workers", 1)
     assert preparing.run(*arguments) == 0
     assert "train has 6 of 44822 refs, 2 of 24698 images; val has" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the texts 'raw' of its sentences, not 'sent'"):
+        sets.open_set(str(tmp_path / "out"), sets.ANY, text_field="sent")
     _, _, sources, _ = tfds.open_built(str(built))
     for split, source in sources.items():
         preparing.assert_same_source(PreparedSource(tmp_path / "out", split), source)
@@ -132,6 +134,13 @@ def one_bit_turned(folder):
     path = train_file(folder)
     data = bytearray(path.read_bytes())
     data[data.index(b"object") + 1] ^= 1
+    path.write_bytes(data)
+
+
+def a_length_changed(folder):
+    path = train_file(folder)
+    data = bytearray(path.read_bytes())
+    data[8] ^= 1  # In the length's checksum.
     path.write_bytes(data)
 
 
@@ -184,6 +193,11 @@ def test_a_ref_that_cannot_be_used_is_left_out_on_request(built, tmp_path, capsy
         features["objects/refexp/raw/ragged_flat_values"].bytes_list.value[0] = b" "
 
     whole = list(tfds.open_built(str(built))[2]["train"])
+
+    def all_blank(features):
+        texts = features["objects/refexp/raw/ragged_flat_values"].bytes_list.value
+        texts[:] = [b" "] * len(texts)
+
     rewrite(built, edited(blank))
     with pytest.raises(UserError, match=r"2 refs of split 'train' .*: ref \d+: sentence .* empty"):
         tfds.open_built(str(built))
@@ -194,6 +208,13 @@ def test_a_ref_that_cannot_be_used_is_left_out_on_request(built, tmp_path, capsy
         assert source.mask(ref).any()
     arguments = ("tfds", "--root", built, "--out", tmp_path / "out", "--workers", 1, "--partial")
     assert preparing.run(*arguments) == 0 and capsys.readouterr().err.count("left out: ") == 2
+    assert inspect.main(["tfds", "--root", str(built), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.count(" is empty\n") == 2
+    once = iter([edited(all_blank), lambda record: record])
+    rewrite(built, lambda record: next(once)(record))
+    source = tfds.open_built(str(built), partial=True)[2]["train"]
+    first = f"COCO_train2014_{whole[0].image_id:012d}.jpg"
+    assert [file.name for file in source.other_images] == [first]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +228,7 @@ def test_a_ref_that_cannot_be_used_is_left_out_on_request(built, tmp_path, capsy
         (cut_off, "train.*is cut off or damaged"),
         (one_record_less, "has 1 of the 2 images of train"),
         (damaged, "train.*, byte 12: it is damaged"),
+        (a_length_changed, "train.* is cut off or damaged"),
         (one_bit_turned, "train.*, byte 12: it is damaged"),
         (another_record, "record 0 of train in .* is damaged or not ref_coco's"),
     ],

@@ -18,6 +18,7 @@ A plain folder holds the same as files:
 A mask belongs to the image of its name, or of its name up to a "_" or "-".
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -57,8 +58,15 @@ class _Item(NamedTuple):
 class CustomSource(RefList):
     """One split of someone's own data; `records.FileSource` says what it offers."""
 
-    def __init__(self, name: str, split: str, folder: pathlib.Path, items: Sequence[_Item]):
-        super().__init__(name, split, [item.ref for item in items])
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        folder: pathlib.Path,
+        items: Sequence[_Item],
+        other_images: Iterable[ImageFile] = (),
+    ):
+        super().__init__(name, split, [item.ref for item in items], other_images=other_images)
         self._folder = folder
         self._items = {item.ref.ref_id: item for item in items}
 
@@ -210,13 +218,19 @@ class _Reader:
         }
         self._items: list[_Item] = []
         self._faults: list[str] = []
+        self._others: list[tuple[str, ImageFile]] = []  # Splits and images of the faulty ones.
 
     def add(self, where: str, number: int, read) -> None:
         """Takes the region that `read` returns, as an entry of the JSON lines."""
+        entry = {}
         try:
-            self._items.append(self._item(where, number, read()))
+            entry = read()
+            self._items.append(self._item(where, number, entry))
         except UserError as fault:
             self._faults.append(f"{where}: {fault}")
+            if isinstance(split := entry.get("split"), str):
+                with contextlib.suppress(UserError):
+                    self._others.append((split.strip(), self._file(entry.get("image"))))
 
     def splits(
         self, name: str, val_share: float, partial: bool, where: pathlib.Path
@@ -237,7 +251,10 @@ class _Reader:
             split = item.ref.split or ("val" if item.image.name in val else "train")
             ref = Ref(**{**vars(item.ref), "split": split})
             parts.setdefault(split, []).append(item._replace(ref=ref))
-        sources = {s: CustomSource(name, s, self._images, items) for s, items in parts.items()}
+        sources = {
+            s: CustomSource(name, s, self._images, items, (i for of, i in self._others if of == s))
+            for s, items in parts.items()
+        }
         next(iter(sources.values())).faults = tuple(self._faults)
         return sources
 
@@ -248,7 +265,7 @@ class _Reader:
         given = [field for field in _REGIONS if field in entry]
         if len(given) != 1:
             raise UserError(f"it has {len(given)} of {', '.join(_REGIONS)}, one is needed")
-        image_id, record = self._record(entry.get("image"))
+        image_id, _ = self._record(entry.get("image"))
         split, category = (_text(entry, field) for field in ("split", "category"))
         value, ann_ids = entry[given[0]], (number,)
         if given == ["ann_id"]:
@@ -266,13 +283,7 @@ class _Reader:
             region = rle.drawable([value] if flat else value)
         if ann_ids and not region:
             raise UserError(f"its {given[0]} encloses nothing")
-        if record:
-            image = ImageFile(record["file_name"], record["height"], record["width"])
-            _inside(self._images, image.name, "image")
-        else:
-            path = _inside(self._images, entry["image"], "image")
-            size = _size(region if isinstance(region, pathlib.Path) else path)
-            image = ImageFile(self._name(entry["image"]), *size)
+        image = self._file(entry["image"], region if isinstance(region, pathlib.Path) else None)
         if given == ["polygon"] and _are_shares(region, image):
             raise UserError(
                 "all coordinates of its polygon are between 0 and 1: give pixels, not shares of "
@@ -311,6 +322,15 @@ class _Reader:
         if record is None:
             raise UserError(f"its image {image!r:.80} is not in the instances file")
         return record["id"], record
+
+    def _file(self, image: Any, mask: pathlib.Path | None = None) -> ImageFile:
+        """An image's name and size, which is that of its mask's file where there is one."""
+        _, record = self._record(image)
+        if record:
+            _inside(self._images, record["file_name"], "image")
+            return ImageFile(record["file_name"], record["height"], record["width"])
+        path = _inside(self._images, image, "image")
+        return ImageFile(self._name(image), *_size(mask or path))
 
     def _name(self, image: str) -> str:
         """The one name of an image's file, which may be written in several ways."""

@@ -17,7 +17,6 @@ starts no device).
 import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -223,9 +222,6 @@ def train_iterator(
         yield from iterator
     finally:
         iterator.close()
-        if workers:
-            del first, iterator
-            gc.collect()  # The memory shared with workers is freed with the arrays that lie in it.
 
 
 def count_truncated(

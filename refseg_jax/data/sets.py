@@ -61,9 +61,9 @@ def open_set(
             raise UserError(f"{folder} holds the prepared set {found}: name the folder so")
         if header.text_field and text_field and header.text_field != text_field:
             raise UserError(
-                f"{folder} was prepared with the texts {header.text_field!r} of its sentences, "
-                f"config.data.text_field is {text_field!r}: prepare it with --text_field "
-                f"{text_field}, or set the field to what there is"
+                f"{folder} was prepared with the texts {header.text_field!r} of its sentences, not "
+                f"{text_field!r}: ask for those (config.data.text_field, or --text_field), or "
+                "prepare it with the others"
             )
         return {split: PreparedSource(folder, split) for split in splits or header.splits}
     dataset, _, split_by = name.rpartition("_")

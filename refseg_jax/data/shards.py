@@ -40,7 +40,7 @@ from refseg_jax.errors import UserError
 INDEX = "index.array_record"
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # There while a preparation is not finished.
-FORMAT, VERSION = "refseg_jax", 1
+FORMAT, VERSION = "refseg_jax", 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,13 +219,14 @@ def read_header(root: str) -> Header:
         shards = tuple(tuple(_typed(shard, (str, int))) for shard in fields["shards"])
         if any("/" in name or count < 0 for name, count in shards):
             raise ValueError("it names a shard that cannot be")
-        left_out = fields.get("left_out", ())  # Sets of earlier versions have neither.
-        left_out = tuple(tuple(_typed(image, (str, str, int, int))) for image in left_out)
-        names = [fields["dataset"], fields["split_by"], fields.get("text_field", "")]
+        left_out = (_typed(image, (str, str, int, int)) for image in fields["left_out"])
+        names = [fields[name] for name in ("dataset", "split_by", "text_field")]
         _typed([*names, *fields["splits"]], (str,) * (3 + len(fields["splits"])))
         dataset, split_by, text_field = names
-        splits = tuple(fields["splits"])
-        header = Header(dataset, split_by, shards, splits, text_field, left_out)
+        header = Header(
+            *(dataset, split_by, shards, tuple(fields["splits"])),
+            *(text_field, tuple(map(tuple, left_out))),
+        )
     return header
 
 

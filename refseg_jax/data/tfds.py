@@ -87,7 +87,7 @@ class TfdsSource(RefList):
             raise UserError(
                 f"{len(faults)} refs of split {split!r} cannot be used: "
                 f"{'; '.join(faults[:_FAULTS_SHOWN])}{'; ...' * (len(faults) > _FAULTS_SHOWN)}"
-                " (leave them out with --partial)"
+                + ("" if partial else " (leave them out with --partial)")
             )
         used = {ref.image_id for ref in refs}
         others = (file for image_id, file in self._files.items() if image_id not in used)

@@ -146,8 +146,8 @@ def _adopt(plan: Plan, out: pathlib.Path) -> dict[int, ShardState]:
             _begin_anew(out)
             return _adopt(plan, out)
         raise UserError(
-            f"{out} holds another preparation, of {known.get('dataset')!r}, or of other "
-            "annotations or options: give another --out, or delete it"
+            f"{out} holds another preparation, of {known.get('dataset')!r}, of other annotations "
+            "or options, or of an earlier version: give another --out, or delete it"
         )
     for path in parts:
         path.unlink()
@@ -363,23 +363,23 @@ def _finish(plan: Plan, out: pathlib.Path, states: list[ShardState]) -> dict[str
             f"nothing usable is left of split {', '.join(empty)}: {'; '.join(why[:_FAULTS_SHOWN])}"
             f"{f'; ... ({len(why)} refs)' if len(why) > _FAULTS_SHOWN else ''}"
         )
-    others = [
-        (split, *dataclasses.astuple(image))
-        for split, source in plan.sources.items()
-        for image in dict.fromkeys(
-            [
-                *source.other_images,
-                *(source.image_file(source[i]) for of, i in left_out if of == split),
-            ]
-        )
-    ]
+    others = dict.fromkeys(
+        (split, image) for split, source in plan.sources.items() for image in source.other_images
+    )
+    for split, i, _ in (fault for state in states for fault in state["left_out"]):
+        source = plan.sources[split]
+        others[split, source.image_file(source[i])] = None
     header = Header(
         plan.dataset,
         plan.split_by,
         tuple((state["file"], state["records"]) for state in states if state["records"]),
         tuple(refs),
         plan.about.get("text_field", ""),
-        tuple(others),
+        # A name that cannot be encoded is no file's.
+        tuple(
+            (split, file.name.encode("utf-8", "replace").decode(), file.height, file.width)
+            for split, file in others
+        ),
     )
     with replacing(out / INDEX) as temporary:
         _write_records(temporary, index_records(header, images, refs.values()))

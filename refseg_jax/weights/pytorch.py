@@ -220,13 +220,13 @@ def _read_archive(file: BinaryIO, path: pathlib.Path) -> tuple[dict[str, np.ndar
                 raise ValueError(f"{name} is compressed, which torch.save never does")
             return archive.read(info)  # Fails where its checksum does.
 
-        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-        if len(pickles) != 1:
+        contents = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        if len(contents) != 1:
             raise ValueError("a zip archive, but not one of torch.save")
-        root = pickles[0].removesuffix("data.pkl")
+        root = contents[0].removesuffix("data.pkl")
         if f"{root}byteorder" in archive.namelist() and member(f"{root}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        content = _Unpickler(io.BytesIO(member(pickles[0])), path).load()
+        content = _Unpickler(io.BytesIO(member(contents[0])), path).load()
         return _arrays(content, lambda storage: member(f"{root}data/{storage.key}"))
 
 
@@ -260,7 +260,7 @@ def _arrays(
     if not tensors:
         raise ValueError(
             "it holds no arrays by name"
-            + (f", but {', '.join(beside[:_NAMED])}" if beside else "")
+            + (f", but {', '.join(beside[:_NAMED]):.200}" if beside else "")
             + f"; where they are not at the top they must be in {' or '.join(_WRAPPERS)}"
         )
     storages: dict[_Storage, np.ndarray] = {}

@@ -92,6 +92,9 @@ def jobset(tools, *arguments):
     document = yaml.safe_load(call[-1])
     check(document, yaml.safe_load(SCHEMA))
     job = document["spec"]["replicatedJobs"][0]["template"]["spec"]
+    # Of a rule, Kubernetes takes one of the two.
+    rules = [rule.keys() - {"action"} for rule in job["podFailurePolicy"]["rules"]]
+    assert rules == [{"onPodConditions"}, {"onExitCodes"}]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     # Kubernetes expands $(NAME), and reads $$ as $.

@@ -128,7 +128,19 @@ def test_keep_starts_what_failed_a_few_times(tools):
 def test_a_stopped_run_starts_again_and_is_no_failure(tools):
     done, steps = keep(tools, *active("failed", 143) * 3, *active("exited"), restarts=1)
     assert done.returncode == 0, done.stderr
-    assert steps == ["systemd-run"] * 3 + ["delete"] and done.stdout.count("is saved") == 3
+    assert steps == ["systemd-run"] * 3 + ["delete"] and done.stdout.count("told to stop") == 3
+    # But that it does not start is one.
+    broken = *active("failed", 143), ("systemd-run", "no route to host", 255)
+    done, steps = keep(tools, *broken * 3, restarts=2)
+    assert done.returncode == 2 and "could not be started, and --restarts 2" in done.stderr
+    assert steps == ["systemd-run"] * 3
+
+
+def test_a_look_asks_for_what_it_reads(tools):
+    tools.answer(*active("exited"))
+    tools.bash(*script("tpu.sh", "keep", *POD, *KIND), "--", *TRAINING)
+    _, asked, _ = tools.calls
+    assert option(asked, "command").endswith(" --property=SubState,ExecMainStatus")
 
 
 def test_keep_gives_up_on_a_worker_that_does_not_answer(tools):

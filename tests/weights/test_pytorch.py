@@ -334,12 +334,16 @@ def test_what_the_authors_scripts_save_beside_the_arrays(save):
     assert beside == ["epoch", "optimizer", "scheduler", "best_oIoU", "curve", "dtype", "more"]
 
 
+MAKE = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
 @pytest.mark.parametrize(
     "build",
     [
         b"2\x86" * 60,  # Each a pair of the last one.
         b"\x85" * 20_000,  # Each holds the last one: its hash overflows the stack.
         b"q\x00(" + b"h\x00" * 999 + b"tq\x01(" + b"h\x01" * 999 + b"t",  # A million values.
+        b"".join((b"q\x000", *[b"(" + MAKE + b"h\x00" * 4 + b"oq\x000"] * 12, b"h\x00")),
     ],
 )
 def test_tuples_that_take_for_ever_are_refused(tmp_path, build):
