@@ -25,6 +25,7 @@ LEAST = {
     "optim.power": 0,
     "optim.warmup_steps": 0,
     "optim.decay_steps": 0,
+    "optim.decay_share": 0,
     "optim.eps": 0,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,

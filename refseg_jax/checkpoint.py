@@ -16,6 +16,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
 
+from refseg_jax.data.files import write_whole
 from refseg_jax.errors import UserError
 from refseg_jax.sharding import path_name
 
@@ -119,7 +120,8 @@ def _restore(manager: ocp.CheckpointManager, abstract: Any, step: int | None = N
     except Exception as e:  # Orbax raises almost anything of a file that is cut off.
         reason = str(e.__cause__ or e).splitlines()[0]
         raise UserError(
-            f"checkpoint {where} is damaged, delete it ({type(e).__name__}: {reason:.300})"
+            f"checkpoint {where} is damaged: delete it and train again, which goes on from the "
+            f"last that is whole ({type(e).__name__}: {reason:.300})"
         ) from e
 
 
@@ -147,8 +149,8 @@ def _differences(saved: Any, abstract: Any) -> list[str]:
 
 
 def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
-    path = epath.Path(workdir) / CONFIG_FILE
-    path.write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
+    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+    write_whole(epath.Path(workdir) / CONFIG_FILE, text)
 
 
 def read_config(workdir: str) -> ml_collections.ConfigDict:
@@ -166,7 +168,8 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
         ) from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+    sections = ("data", "eval", "model", "optim", "train")
+    if not isinstance(values, dict) or not all(isinstance(values.get(s), dict) for s in sections):
         raise UserError(f"{workdir} is not the directory of a run: its {CONFIG_FILE} is no run's")
     return ml_collections.ConfigDict(values)
 
@@ -225,6 +228,12 @@ def saved_steps(workdir: str, kind: str = "*") -> list[int]:
     folders = (epath.Path(workdir) / "checkpoints").glob(f"{kind}/*")
     # Not what a kill left half-written.
     return [int(folder.name) for folder in folders if folder.name.isdigit()]
+
+
+def best_step(workdir: str) -> int:
+    """The step of the run's best checkpoint; 0 if there is none."""
+    with contextlib.closing(_manager(workdir, "best", create=False)) as best:
+        return best.best_step() or 0
 
 
 def check_trained(workdir: str) -> None:

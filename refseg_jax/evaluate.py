@@ -22,11 +22,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from refseg_jax.data import transforms
+from refseg_jax.data.files import write_whole
 from refseg_jax.data.pipeline import EvalBatches, train_iterator
 from refseg_jax.data.records import Sentence, Source
 from refseg_jax.data.tokenizer import Tokenizer
@@ -408,4 +408,4 @@ def to_json(result: Result) -> dict[str, Any]:
 def write_json(path: str | os.PathLike, results: Mapping[str, Result], **more: Any) -> None:
     """Writes {"results": {split: ...}, **more} as one JSON object."""
     content = {**more, "results": {split: to_json(r) for split, r in results.items()}}
-    epath.Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -7,18 +7,22 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from refseg_jax.data.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The rows written so far; a last line cut off by a kill is left out."""
+    """The rows written so far; what is none, such as a line cut off by a kill, is left out."""
     path = epath.Path(workdir) / METRICS_FILE
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -39,7 +43,7 @@ class MetricWriter:
         self._path = epath.Path(workdir) / METRICS_FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         self._text = "".join(json.dumps(row) + "\n" for row in kept)
-        self._path.write_text(self._text)
+        write_whole(self._path, self._text)
         # A bucket's files cannot grow: there the whole is written again with every row.
         self._file = self._path.open("a") if "://" not in str(workdir) else None
         # What a killed run has written of later steps does not count.
@@ -79,6 +83,11 @@ class MetricWriter:
             self._bar.set_postfix_str(
                 f"loss={row['loss']:.4f} {row['images_per_second']:.1f} images/s", refresh=False
             )
+
+    def flush(self) -> None:
+        """Makes sure that a kill from here on loses nothing that was written."""
+        if self.active:
+            self._board.flush()
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the bar."""

@@ -110,6 +110,8 @@ def main(_: list[str]) -> None:
             summary = run.run(flags.FLAGS.config, workdir, flags.FLAGS.mode, begun)
         gc.collect()  # Lets go of memory shared with input workers: Python would call it leaked.
     except UserError as e:
+        traceback.clear_frames(e.__traceback__)
+        gc.collect()  # As above.
         if peers and not isinstance(e, Stopped):  # That is no fault, and all stop at one step.
             peers.fail(str(e), e.status)
         fail(str(e), e.status)

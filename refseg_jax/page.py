@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image
+
+from refseg_jax.data.files import write_whole
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5d6778; --line: #dfe3ea;
@@ -87,7 +88,7 @@ def write(path: str | os.PathLike, title: str, sections: Iterable[str]) -> None:
         f"<body><h1>{text(title)}</h1>{''.join(sections)}</body></html>\n"
     )
     # Text of damaged files may be no Unicode.
-    epath.Path(path).write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+    write_whole(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def text(value: Any) -> str:

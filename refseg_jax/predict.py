@@ -18,7 +18,7 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from refseg_jax import checkpoint, models, pictures
 from refseg_jax.data import transforms
@@ -29,6 +29,7 @@ from refseg_jax.processes import use_compile_cache
 from refseg_jax.sharding import jit_on_mesh, mesh_of_one, replicated
 from refseg_jax.train_state import init_variables
 
+_OURS = ("Software", "refseg_jax.predict")  # Written into every picture that `run` makes.
 INPUTS = ("image", "tokens", "token_mask")  # What of a batch the model sees.
 
 PredictFn = Callable[[Any, Mapping[str, Any]], jax.Array]
@@ -259,32 +260,48 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     Of several texts the files are `<stem>_1_mask.png` and so on.
 
     Raises:
-      UserError: see `Predictor`; or the output directory cannot be written.
+      UserError: see `Predictor`; or the output directory cannot be written, or has such a file that
+        was not written here, as somebody's own mask may be.
     """
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise UserError(f"--threshold={arguments.threshold} is no probability")
     Image.MAX_IMAGE_PIXELS = None  # Of a file that one names oneself, any size is meant.
     # The image first: a mistyped path should not wait for a model to load.
     image = load_image(arguments.image)
+    stem, out = pathlib.Path(arguments.image).stem, pathlib.Path(arguments.out)
+    several = len(arguments.text) > 1
+    stems = [f"{stem}_{n}" if several else stem for n in range(1, len(arguments.text) + 1)]
+    written = [{n: str(out / f"{each}_{n}.png") for n in ("mask", "overlay")} for each in stems]
+    for path in (path for paths in written for path in paths.values() if os.path.exists(path)):
+        if not _is_ours(path):
+            raise UserError(f"{path} is there, and is no prediction: give another --out")
     predictor = Predictor.from_workdir(arguments.workdir)
     if arguments.threshold is not None:
         predictor.threshold = arguments.threshold
-    stem, out = pathlib.Path(arguments.image).stem, pathlib.Path(arguments.out)
-    for number, text in enumerate(arguments.text, 1):
+    ours = PngImagePlugin.PngInfo()
+    ours.add_text(*_OURS)
+    for text, paths in zip(arguments.text, written, strict=True):
         prediction = predictor(image, text)
         drawn = pictures.caption(pictures.overlay(image, prediction.mask), text)
         # Black and white in bytes: what reads one bit as a number would have 1 for white.
         mask = prediction.mask.astype(np.uint8) * 255
-        each = f"{stem}_{number}" if len(arguments.text) > 1 else stem
-        paths = {name: str(out / f"{each}_{name}.png") for name in ("mask", "overlay")}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(paths["mask"])
+            Image.fromarray(mask).save(paths["mask"], pnginfo=ours)
             # A photo is hardly smaller for the many times as long that more effort takes.
-            Image.fromarray(drawn).save(paths["overlay"], compress_level=1)
+            Image.fromarray(drawn).save(paths["overlay"], compress_level=1, pnginfo=ours)
         except OSError as e:
             raise UserError(f"cannot write to --out {arguments.out}: {e}") from e
         yield {"text": text, **facts(prediction), **paths}
+
+
+def _is_ours(path: str) -> bool:
+    """Whether the picture at `path` was written by `run`."""
+    try:
+        with Image.open(path) as picture:
+            return (_OURS[0], picture.info.get(_OURS[0])) == _OURS
+    except Exception:  # Pillow's decoders raise almost anything.
+        return False
 
 
 def facts(prediction: Prediction) -> dict[str, Any]:

@@ -25,15 +25,17 @@ from refseg_jax.train import evaluation_settings, train
 
 # What may change when a run is resumed: nothing that its parameters depend on, unless, as other
 # texts are, it is found out by itself (`checkpoint.check_data`).
+# Nor anything that decides which checkpoint is the best.
 FREE_FIELDS = (
-    "eval.", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every",
+    "eval.batch_size", "eval.examples", "mesh.", "train.log_every", "train.eval_every",
+    "train.checkpoint_every",
     "data.root", "data.workers", "data.threads", "data.eval_splits", "data.text_field",
     "model.swin.cudnn",
 )  # fmt: skip
 
 # And what no score depends on, and what is scored. The tokenizer is the run's own.
 FREE_IN_EVALUATION = (
-    "train.", "optim.", "init.", "seed", "data.sampling", "data.train_split",
+    "eval.", "train.", "optim.", "init.", "seed", "data.sampling", "data.train_split",
     "data.dataset", "data.split_by", "data.merged", "data.select_split",
     "data.shapes_scenes.train", "data.tokenizer",
 )  # fmt: skip
@@ -113,7 +115,12 @@ def prepare(
     """
     root = epath.Path(workdir)
     # Without a checkpoint there is nothing that another config could spoil: a first attempt failed.
-    started = (root / checkpoint.CONFIG_FILE).exists() and bool(checkpoint.saved_steps(workdir))
+    started = bool(checkpoint.saved_steps(workdir))
+    if started and not (root / checkpoint.CONFIG_FILE).exists():
+        raise UserError(
+            f"{workdir} has checkpoints, but no {checkpoint.CONFIG_FILE} that says what they are "
+            "of: put it back, or give another --workdir"
+        )
     tokenizer_path = root / checkpoint.TOKENIZER_FILE
     tokenizer = fit_tokenizer(config, str(tokenizer_path) if started else config.data.tokenizer)
     if started:
@@ -122,6 +129,7 @@ def prepare(
             raise UserError(
                 f"{workdir} holds a run with another config ({', '.join(changed[:8])}): "
                 f"give {otherwise}"
+                + (" (--mode evaluate takes other eval. fields)" if "eval." in str(changed) else "")
             )
     elif jax.process_index() == 0:
         if "://" not in workdir:  # A bucket has no folders.
@@ -205,7 +213,7 @@ def evaluate_run(
     shuffled = {f"{split} (shuffled expressions)": control for split, control in controls.items()}
     everything = {**results, **shuffled}
     report = epath.Path(workdir) / f"report{of_which}.html"
-    step = max(checkpoint.saved_steps(workdir, "best"), default=0)
+    step = checkpoint.best_step(workdir)
     if jax.process_index() == 0:
         print(evaluate.format_table(everything))
         results_path = epath.Path(workdir) / f"results{of_which}.json"

@@ -1,5 +1,6 @@
 """Training: one pure step, and the loop around it."""
 
+import contextlib
 import functools
 import math
 import time
@@ -392,35 +393,38 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
         if step == total and stop.after(total + 1):
             raise stopped(step)
 
-    if start and evaluation_due(start) and not _scored(workdir, start, select_source.split):
+    scored = _scored(workdir, start, select_source.split) and checkpoints.best_score() is not None
+    if start and evaluation_due(start) and not scored:
         since, compiling = time.time(), first.compiling
         score(start, state)
         first.begun, first.compiling = first.begun + time.time() - since, compiling
     record = Recorder(writer, trainer.schedule, config.train, total)
     norm = jax.jit(optax.tree.norm)
-    batches = trainer.batches(start) if start < total else iter(())
-    for step, batch in enumerate(batches, start + 1):
-        batch = to_device(batch, trainer.mesh)
-        if first.seconds is None:
-            writer.say("compiling the train step, unless it has been compiled before")
-            trainer.step_fn.lower(state, batch).compile()
-            meet()
-        state, scalars = trainer.step_fn(state, batch)
-        record.add(step, scalars)
-        if first.seconds is None:
-            writer.say(first.taken(scalars))
-            record.once["seconds_to_first_step"] = first.seconds
-        stopping, evaluating = stop.after(step), evaluation_due(step)
-        if not (evaluating or stopping or step % config.train.checkpoint_every == 0):
-            continue
-        record.flush()  # A step that went wrong must not be saved,
-        check_finite("the parameters' norm", float(norm(state.params)), step)  # nor its update.
-        checkpoints.save_last(state)
-        if stopping:
-            raise stopped(step)
-        if evaluating:
-            score(step, state)
-        record.restart_clock()
+    # Closed also where an error ends this: Grain's workers cannot be left to the end of Python.
+    with contextlib.closing(trainer.batches(start)) as batches:
+        for step, batch in enumerate(batches, start + 1):
+            batch = to_device(batch, trainer.mesh)
+            if first.seconds is None:
+                writer.say("compiling the train step, unless it has been compiled before")
+                trainer.step_fn.lower(state, batch).compile()
+                meet()
+            state, scalars = trainer.step_fn(state, batch)
+            record.add(step, scalars)
+            if first.seconds is None:
+                writer.say(first.taken(scalars))
+                record.once["seconds_to_first_step"] = first.seconds
+            stopping, evaluating = stop.after(step), evaluation_due(step)
+            if not (evaluating or stopping or step % config.train.checkpoint_every == 0):
+                continue
+            record.flush()  # A step that went wrong must not be saved,
+            check_finite("the parameters' norm", float(norm(state.params)), step)  # nor its update.
+            writer.flush()
+            checkpoints.save_last(state)
+            if stopping:
+                raise stopped(step)
+            if evaluating:
+                score(step, state)
+            record.restart_clock()
 
 
 def _scored(workdir: str, step: int, split: str) -> bool:

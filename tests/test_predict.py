@@ -209,6 +209,19 @@ def test_command_line(workdir, photo, tmp_path, capsys):
     assert err.startswith("warning: ")
 
 
+def test_what_is_no_prediction_is_not_overwritten(workdir, photo, tmp_path, capsys):
+    """Such as the mask that somebody has drawn for the same photo."""
+    for name in ("a.png", "a_mask.png"):
+        Image.fromarray(photo).save(tmp_path / name)
+    arguments = ["--workdir", workdir, "--image", str(tmp_path / "a.png"), "--text", "the red"]
+    before = (tmp_path / "a_mask.png").read_bytes()
+    assert predict.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "a_mask.png is there, and is no prediction" in capsys.readouterr().err
+    assert (tmp_path / "a_mask.png").read_bytes() == before
+    for _ in range(2):  # What is one, is.
+        assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_several_texts(workdir, photo, tmp_path, capsys):
     Image.fromarray(photo).save(tmp_path / "a.png")
     arguments = ["--workdir", workdir, "--image", str(tmp_path / "a.png"), "--out", str(tmp_path)]

@@ -43,6 +43,7 @@ from tests import preparing, tiny
         ("train__ema_decay", 1.0, "config.train.ema_decay=1.0: it must be from 0 to below 1"),
         ("optim__clip_norm", -1.0, "config.optim.clip_norm=-1.0: it must be 0 or more"),
         ("optim__lr", float("inf"), "config.optim.lr=inf"),
+        ("optim__decay_share", float("nan"), "config.optim.decay_share=nan"),
         ("optim__warmup_steps", -3, "config.optim.warmup_steps=-3"),
         ("model__heads", 0, "config.model.heads=0: it must be 1 or more"),
         ("model__prior", 1.0, "config.model.prior=1.0: it must be from 0 to below 1"),
@@ -109,9 +110,38 @@ def test_a_checkpoint_that_is_cut_off_is_one_line(tmp_path):
     largest = max((p for p in best.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with pytest.raises(UserError, match="best/3 is damaged, delete it") as error:
+    with pytest.raises(UserError, match="best/3 is damaged: delete it and train") as error:
         checkpoint.load_variables(str(tmp_path), {"x": jnp.zeros(1000)}, sharding)
     assert len(str(error.value)) < 600
+
+
+def test_the_step_that_is_scored_is_the_best_one_s(tmp_path):
+    """A kill can leave two of them."""
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save_best(3, {"x": jnp.arange(10.0)}, 0.5)
+    assert checkpoint.best_step(str(tmp_path)) == 3
+    best = tmp_path / "checkpoints" / "best"
+    shutil.copytree(best / "3", best / "2")
+    (best / "2" / "metrics" / "metrics").write_text('{"score": 0.9}')
+    assert checkpoint.best_step(str(tmp_path)) == 2
+    assert checkpoint.best_step(str(tmp_path / "none")) == 0
+
+
+def test_checkpoints_without_a_config_are_nobody_s(tmp_path):
+    """To take the next command's for theirs would let it overwrite what they are of."""
+    (tmp_path / "checkpoints" / "last" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="has checkpoints, but no config.json"):
+        run.prepare(tiny.config(), str(tmp_path))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_what_decides_about_the_best_does_not_change_within_a_run(tmp_path):
+    run.prepare(tiny.config(), str(tmp_path))
+    (tmp_path / "checkpoints" / "last" / "3").mkdir(parents=True)
+    other = tiny.config(eval__threshold=0.9, eval__select_by="overall", eval__batch_size=3)
+    with pytest.raises(UserError, match=r"eval.select_by: .*eval.threshold: .*--mode evaluate"):
+        run.prepare(other, str(tmp_path))
+    run.prepare(other, str(tmp_path), run.FREE_FIELDS + run.FREE_IN_EVALUATION)
 
 
 def test_an_evaluation_needs_no_field_of_training(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,12 +137,12 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
         assert checkpoints.last.latest_step() is None
 
     config.train.update(steps=3, log_every=2)
-    (tmp_path / "config.json").unlink()
+    checkpoint.write_config(str(tmp_path), config)
     train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
     rows = [row for row in read_metrics(str(tmp_path)) if "loss" in row]
     assert [row["step"] for row in rows] == [2, 3]  # Nothing is lost at the end.
-    (tmp_path / "config.json").unlink()
     config.train.steps = 5
+    checkpoint.write_config(str(tmp_path), config)
     monkeypatch.setattr(train, "normalize_for", lambda *a: real(*a) * np.inf)
     with pytest.raises(UserError, match="at step 4"):
         train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
@@ -162,6 +163,11 @@ def test_a_changed_config_is_not_resumed(tmp_path):
 def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path):
     make = tiny.config(train__steps=1, eval__limit_in_training=3)
     train.train(make, run.prepare(make, str(tmp_path / "a")), str(tmp_path / "a"))
+    # As a damaged one is to be deleted, the finished run makes another best checkpoint.
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "best" / "1")
+    train.train(make, run.prepare(make, str(tmp_path / "a")), str(tmp_path / "a"))
+    assert checkpoint.best_step(str(tmp_path / "a")) == 1
+
     config = tiny.config(model__dim=32, init__checkpoint=str(tmp_path / "a"))
     differs = r"differs in model.dim: 16 there, 32 now\): .* does not fit this model .*has shape"
     with pytest.raises(UserError, match=differs):
@@ -205,10 +211,13 @@ def test_a_run_killed_twice_ends_where_an_unbroken_one_ends(tmp_path):
         metrics = broken / "metrics.jsonl"
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
-    def kill_after(steps, number):
+    def kill_after(steps, number, **more):
         steps += steps_taken()
         process = subprocess.Popen(
-            command(broken, **changes), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command(broken, **changes, **more),
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         deadline = time.time() + 300
         while steps_taken() < steps:
@@ -218,7 +227,8 @@ def test_a_run_killed_twice_ends_where_an_unbroken_one_ends(tmp_path):
         _, stderr = process.communicate(timeout=180)
         return process.returncode, stderr
 
-    status, stderr = kill_after(3, signal.SIGTERM)
+    status, stderr = kill_after(3, signal.SIGTERM, data__workers=2)
+    assert b"Traceback" not in stderr
     assert status == TERMINATED and b"stopped by SIGTERM at step" in stderr
     status, stderr = kill_after(1, signal.SIGKILL)
     assert status == -signal.SIGKILL and b"resumed at step" in stderr

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from refseg_jax.errors import UserError
 
 
@@ -39,6 +41,18 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file, whole or not at all, here or in a bucket."""
+    place = epath.Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    # Whole is what an object of a bucket always is; a device is not to be replaced.
+    if "://" in os.fspath(path) or (place.exists() and not os.path.isfile(path)):
+        place.write_bytes(data)
+        return
+    with replacing(pathlib.Path(os.path.realpath(path))) as temporary:
+        temporary.write_bytes(data)
 
 
 def left_over(folder: pathlib.Path) -> list[pathlib.Path]:
