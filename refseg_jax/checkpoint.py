@@ -119,9 +119,11 @@ def _restore(manager: ocp.CheckpointManager, abstract: Any, step: int | None = N
         return manager.restore(step, args=ocp.args.StandardRestore(abstract))
     except Exception as e:  # Orbax raises almost anything of a file that is cut off.
         reason = str(e.__cause__ or e).splitlines()[0]
+        mend = "training then starts again"
+        if manager.directory.name == "best":
+            mend = "training then makes another" if step else "convert the published one again"
         raise UserError(
-            f"checkpoint {where} is damaged: delete it and train again, which goes on from the "
-            f"last that is whole ({type(e).__name__}: {reason:.300})"
+            f"checkpoint {where} is damaged, delete it: {mend} ({type(e).__name__}: {reason:.300})"
         ) from e
 
 
@@ -220,7 +222,7 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
                 f"{found['dataset']}, {are}): give another --workdir, or the same data to resume"
             )
     else:
-        path.write_text(json.dumps(found) + "\n")
+        write_whole(path, json.dumps(found) + "\n")
 
 
 def saved_steps(workdir: str, kind: str = "*") -> list[int]:

@@ -10,6 +10,7 @@ Two protocols are in use and their scores differ, so every result names its own:
 Where some expressions of a split fit nothing (gRefCOCO), its scores are the generalized ones.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -207,18 +208,20 @@ def evaluate(
         limit=limit or None,
         shuffle_text_seed=0 if shuffle_text else None,
     )
-    loaded = train_iterator(batches, workers=workers, threads=threads)
     label = f"{source.name}/{source.split}{' (shuffled expressions)' if shuffle_text else ''}"
     keep_examples = 0 if shuffle_text else keep_examples
     first_process = jax.process_index() == 0
     rows, kept = [], {}
-    with tqdm(
-        total=len(batches),
-        desc=label,
-        unit="batch",
-        leave=False,
-        disable=not (first_process and sys.stderr.isatty()),
-    ) as bar:
+    with (
+        contextlib.closing(train_iterator(batches, workers=workers, threads=threads)) as loaded,
+        tqdm(
+            total=len(batches),
+            desc=label,
+            unit="batch",
+            leave=False,
+            disable=not (first_process and sys.stderr.isatty()),
+        ) as bar,
+    ):
         for batch, probability in _predictions(predict_fn, variables, loaded, put):
             for j, truth, values in zip(
                 batch["index"].tolist(), batch["mask"], probability, strict=True

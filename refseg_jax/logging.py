@@ -84,11 +84,6 @@ class MetricWriter:
                 f"loss={row['loss']:.4f} {row['images_per_second']:.1f} images/s", refresh=False
             )
 
-    def flush(self) -> None:
-        """Makes sure that a kill from here on loses nothing that was written."""
-        if self.active:
-            self._board.flush()
-
     def say(self, text: str) -> None:
         """A line for the person watching, above the bar."""
         if self.active:

@@ -116,6 +116,8 @@ def main(_: list[str]) -> None:
             peers.fail(str(e), e.status)
         fail(str(e), e.status)
     except (Exception, KeyboardInterrupt) as e:
+        if isinstance(e, KeyboardInterrupt):
+            traceback.clear_frames(e.__traceback__)
         if peers:
             if not peers.ending:  # Else it is what the end of another did to this one.
                 traceback.print_exc()

@@ -274,7 +274,10 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     written = [{n: str(out / f"{each}_{n}.png") for n in ("mask", "overlay")} for each in stems]
     for path in (path for paths in written for path in paths.values() if os.path.exists(path)):
         if not _is_ours(path):
-            raise UserError(f"{path} is there, and is no prediction: give another --out")
+            raise UserError(
+                f"{path} is there, and does not say that it was written by this command: delete "
+                "it, or give another --out"
+            )
     predictor = Predictor.from_workdir(arguments.workdir)
     if arguments.threshold is not None:
         predictor.threshold = arguments.threshold

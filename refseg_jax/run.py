@@ -25,7 +25,7 @@ from refseg_jax.train import evaluation_settings, train
 
 # What may change when a run is resumed: nothing that its parameters depend on, unless, as other
 # texts are, it is found out by itself (`checkpoint.check_data`).
-# Nor anything that decides which checkpoint is the best.
+# Nor how a checkpoint is scored, or the best would be found among scores of different kinds.
 FREE_FIELDS = (
     "eval.batch_size", "eval.examples", "mesh.", "train.log_every", "train.eval_every",
     "train.checkpoint_every",
@@ -180,6 +180,7 @@ def evaluate_run(
       UserError: there is no checkpoint, it does not fit, or a split is missing.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    step = checkpoint.best_step(workdir)
     trained, model, variables = load_run(workdir, replicated(mesh))
     own, scored = (
         (set_name(c.data.dataset, c.data.split_by), *c.data.get("merged", ()))
@@ -213,7 +214,6 @@ def evaluate_run(
     shuffled = {f"{split} (shuffled expressions)": control for split, control in controls.items()}
     everything = {**results, **shuffled}
     report = epath.Path(workdir) / f"report{of_which}.html"
-    step = checkpoint.best_step(workdir)
     if jax.process_index() == 0:
         print(evaluate.format_table(everything))
         results_path = epath.Path(workdir) / f"results{of_which}.json"

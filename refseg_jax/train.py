@@ -418,7 +418,6 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
                 continue
             record.flush()  # A step that went wrong must not be saved,
             check_finite("the parameters' norm", float(norm(state.params)), step)  # nor its update.
-            writer.flush()
             checkpoints.save_last(state)
             if stopping:
                 raise stopped(step)

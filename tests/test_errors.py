@@ -1,7 +1,10 @@
 """How a command ends: with one line and a status."""
 
+import pathlib
+
 import pytest
 
+from refseg_jax.data.files import write_whole
 from refseg_jax.errors import TERMINATED, UserError, command
 
 
@@ -31,3 +34,22 @@ def test_a_bug_keeps_its_traceback():
     with pytest.raises(FileNotFoundError):
         command(open)("/nowhere/at/all")
     assert command(len)([1, 2]) == 2
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    path.chmod(0o600)
+    (tmp_path / "link").symlink_to(path)
+    write_whole(tmp_path / "link", "new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "link").is_symlink()
+    write_whole("/dev/null", b"")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_whole(path, "newer")
+    assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 2

@@ -216,7 +216,7 @@ def test_what_is_no_prediction_is_not_overwritten(workdir, photo, tmp_path, caps
     arguments = ["--workdir", workdir, "--image", str(tmp_path / "a.png"), "--text", "the red"]
     before = (tmp_path / "a_mask.png").read_bytes()
     assert predict.main([*arguments, "--out", str(tmp_path)]) == 2
-    assert "a_mask.png is there, and is no prediction" in capsys.readouterr().err
+    assert "a_mask.png is there, and does not say that it was" in capsys.readouterr().err
     assert (tmp_path / "a_mask.png").read_bytes() == before
     for _ in range(2):  # What is one, is.
         assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 0

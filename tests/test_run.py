@@ -110,7 +110,9 @@ def test_a_checkpoint_that_is_cut_off_is_one_line(tmp_path):
     largest = max((p for p in best.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with pytest.raises(UserError, match="best/3 is damaged: delete it and train") as error:
+    with pytest.raises(
+        UserError, match="best/3 is damaged, delete it: training then makes another"
+    ) as error:
         checkpoint.load_variables(str(tmp_path), {"x": jnp.zeros(1000)}, sharding)
     assert len(str(error.value)) < 600
 

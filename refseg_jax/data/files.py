@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,14 +46,19 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file, whole or not at all, here or in a bucket."""
-    place = epath.Path(path)
     data = content.encode() if isinstance(content, str) else content
-    # Whole is what an object of a bucket always is; a device is not to be replaced.
-    if "://" in os.fspath(path) or (place.exists() and not os.path.isfile(path)):
-        place.write_bytes(data)
+    # Whole is what an object of a bucket always is; a device or a pipe is not to be replaced.
+    if re.match(r"\w+://|/(dev|proc)/", os.fspath(path)):
+        epath.Path(path).write_bytes(data)
         return
-    with replacing(pathlib.Path(os.path.realpath(path))) as temporary:
-        temporary.write_bytes(data)
+    place = pathlib.Path(os.path.realpath(path))
+    try:
+        with replacing(place) as temporary:
+            temporary.write_bytes(data)
+            if place.exists():
+                shutil.copymode(place, temporary)
+    except OSError as error:  # Of the file that is meant, not of the one that was to replace it.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def left_over(folder: pathlib.Path) -> list[pathlib.Path]:

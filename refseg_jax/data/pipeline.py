@@ -214,10 +214,10 @@ def train_iterator(
             worker_init_fn=end_with_parent if workers else None,
         )
     )
-    with born_deaf() if workers else contextlib.nullcontext():
-        iterator = iter(dataset)
-        first = next(iterator)
+    iterator = iter(dataset)
     try:
+        with born_deaf() if workers else contextlib.nullcontext():
+            first = next(iterator)
         yield first
         yield from iterator
     finally:
