@@ -227,7 +227,7 @@ def test_a_run_killed_twice_ends_where_an_unbroken_one_ends(tmp_path):
         _, stderr = process.communicate(timeout=180)
         return process.returncode, stderr
 
-    status, stderr = kill_after(3, signal.SIGTERM, data__workers=2)
+    status, stderr = kill_after(3, signal.SIGTERM, data__workers=1)
     assert b"Traceback" not in stderr
     assert status == TERMINATED and b"stopped by SIGTERM at step" in stderr
     status, stderr = kill_after(1, signal.SIGKILL)

@@ -247,16 +247,10 @@ class _Reader:
         if not any(item.ref.split for item in self._items):
             val = held_out({item.image.name for item in self._items}, val_share)
         parts: dict[str, list[_Item]] = {}
-        named = {item.ref.split for item in self._items} | {split for split, _ in self._others}
         for item in self._items:
             split = item.ref.split or ("val" if item.image.name in val else "train")
             ref = Ref(**{**vars(item.ref), "split": split})
             parts.setdefault(split, []).append(item._replace(ref=ref))
-        if lost := sorted(named - parts.keys() - {""}):
-            raise UserError(
-                f"{where}: nothing usable is left of split {', '.join(lost)}: "
-                f"{'; '.join(self._faults[:_FAULTS_SHOWN])}"
-            )
         sources = {
             s: CustomSource(name, s, self._images, items, (i for of, i in self._others if of == s))
             for s, items in parts.items()
