@@ -45,7 +45,11 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file, whole or not at all, here or in a bucket."""
+    """Writes a file, whole or not at all, here (it keeps its mode) or in a bucket.
+
+    Raises:
+      OSError: it cannot be written; what was there before is there still.
+    """
     data = content.encode() if isinstance(content, str) else content
     # Whole is what an object of a bucket always is; a device or a pipe is not to be replaced.
     if re.match(r"\w+://|/(dev|proc)/", os.fspath(path)):

@@ -214,14 +214,13 @@ def train_iterator(
             worker_init_fn=end_with_parent if workers else None,
         )
     )
-    iterator = iter(dataset)
-    try:
+    with contextlib.ExitStack() as stack:
         with born_deaf() if workers else contextlib.nullcontext():
+            iterator = iter(dataset)
+            stack.callback(iterator.close)
             first = next(iterator)
         yield first
         yield from iterator
-    finally:
-        iterator.close()
 
 
 def count_truncated(
