@@ -121,7 +121,7 @@ def test_texts_are_those_that_are_asked_for_or_it_is_an_error(raw, tmp_path):
         ) == 0  # fmt: skip
         root = str(tmp_path / field)
         other = {"raw": "sent", "sent": "raw"}[field]
-        with pytest.raises(UserError, match=f"{field!r} of its sentences, not {other!r}: ask"):
+        with pytest.raises(UserError, match=f"{field!r} of its sentences, not {other!r}: set"):
             sets.open_set(root, "shapes_unc", text_field=other)
         expected = preparing.refer_sources(raw, "shapes", text_field=field)["val"]
         for asked in (field, None):

@@ -62,8 +62,8 @@ def open_set(
         if header.text_field and text_field and header.text_field != text_field:
             raise UserError(
                 f"{folder} was prepared with the texts {header.text_field!r} of its sentences, not "
-                f"{text_field!r}: ask for those (config.data.text_field, or --text_field), or "
-                "prepare it with the others"
+                f"{text_field!r}: set config.data.text_field (or --text_field) to "
+                f"{header.text_field!r}, or prepare it with --text_field {text_field}"
             )
         return {split: PreparedSource(folder, split) for split in splits or header.splits}
     dataset, _, split_by = name.rpartition("_")
