@@ -20,8 +20,8 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 BITS = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\[([\d,]*)\]")
 
 
-def trace_step(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
-    """The step for the devices of `mesh`, traced."""
+def step_and_shapes(config: Any, step: str, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, Any]]:
+    """(the jitted step for the devices of `mesh`, the shapes and shardings that it takes)."""
     model, tx, state = paper_state(config)
     batch = batch_shapes(config, rows)
     if step == "train":
@@ -32,7 +32,13 @@ def trace_step(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
         batch = {name: batch[name] for name in INPUTS}
         function = make_predict_step(model, batch_sharding(mesh))
         argument = with_sharding(state.variables(), replicated(mesh))
-    return function.trace(argument, with_sharding(batch, batch_sharding(mesh)))
+    return function, (argument, with_sharding(batch, batch_sharding(mesh)))
+
+
+def trace_step(config: Any, step: str, mesh: Mesh, rows: int) -> Any:
+    """The step for the devices of `mesh`, traced."""
+    function, shapes = step_and_shapes(config, step, mesh, rows)
+    return function.trace(*shapes)
 
 
 def with_sharding(tree: Any, sharding: Any) -> Any:

@@ -40,7 +40,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask.
@@ -52,9 +52,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, Mesh
 
-from benchmarks.compiled import STEPS, Program, names_among, trace_step
+from benchmarks.compiled import STEPS, Program, names_among, step_and_shapes
 from benchmarks.paper import CONFIGS, forward_flops, paper_config, positive
 from refseg_jax.sharding import AXES, compiler_options
 
@@ -71,8 +72,9 @@ LEVELS = {"O0": ("O0", 0.0), HARDEST: ("UNKNOWN", -0.3)}
 ROWS = 8  # Per chip.
 # Of these the record has cycles, for which it takes the higher level, and the most rows that fit.
 ESTIMATED = ("v5e:2x2",)
-# What of a row is known before it is compiled, and decides what comes out.
+# What of a row is known before it is compiled, and decides what comes out; and what decides that.
 IDENTITY = ("program", "options", "libtpu")
+SOURCE = ("traced", "jax", "libtpu")
 
 
 class Chip(NamedTuple):
@@ -114,9 +116,35 @@ def compiling_at(level: str) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def fingerprint(lowered: Any) -> str:
-    """Of the program before XLA."""
-    return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+def fingerprint(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode())
+    return digest.hexdigest()[:16]
+
+
+def traced_fingerprint(traced: Any, shapes: Any) -> str:
+    """Of what decides the program that a function, traced for `shapes`, is lowered to.
+
+    The same program may have several: other tracing before may leave it other parts to share.
+    """
+    around = traced.args_info, traced.out_info, [x.sharding for x in jax.tree.leaves(shapes)]
+    constants = constants_of(traced.jaxpr, set())
+    return fingerprint(str(traced.jaxpr), *map(str, around), *constants)
+
+
+def constants_of(jaxpr: Jaxpr | ClosedJaxpr, seen: set[int]) -> Iterator[bytes]:
+    """The numbers that a jaxpr's text leaves out, of inner ones too, each jaxpr's once."""
+    if id(jaxpr) in seen:
+        return
+    seen.add(id(jaxpr))
+    if isinstance(jaxpr, ClosedJaxpr):
+        yield from (np.asarray(x).tobytes() for x in jaxpr.consts)
+        jaxpr = jaxpr.jaxpr
+    for eqn in jaxpr.eqns:
+        for inner in jax.tree.leaves(list(eqn.params.values())):
+            if isinstance(inner, Jaxpr | ClosedJaxpr):
+                yield from constants_of(inner, seen)
 
 
 @functools.cache
@@ -137,25 +165,36 @@ def row_flops(name: str, dtype: str) -> int:
 
 def trace(
     name: str, step: str, topology: str, batch: int, dtype: str = "bfloat16"
-) -> tuple[dict[str, Any], Any]:
-    """(what is known before compiling, the lowered step); `batch` rows per chip."""
+) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """(what is known before lowering, what lowers the step); `batch` rows per chip."""
     mesh, config = mesh_of(topology), paper_config(name, dtype)
-    lowered = trace_step(config, step, mesh, batch * mesh.size).lower()
+    function, shapes = step_and_shapes(config, step, mesh, batch * mesh.size)
     flops = row_flops(name, dtype) * batch * (3 if step == "train" else 1)
     row = {"config": name, "step": step, "topology": topology, "chips": mesh.size}
     row |= {"batch_per_chip": batch, "dtype": dtype}
     row["model_tflops"] = round(flops / 1e12, 3)
-    row["program"] = fingerprint(lowered)
+    traced = function.trace(*shapes)
+    row["traced"] = traced_fingerprint(traced, shapes)
     row |= {"options": compiler_options(mesh), "libtpu": importlib.metadata.version("libtpu")}
-    return row | {"jax": jax.__version__}, lowered
+    return row | {"jax": jax.__version__}, functools.cache(traced.lower)
 
 
-def is_known(row: dict[str, Any], recorded: dict[str, Any]) -> bool:
-    """Whether to compile a traced `row` could but give what is `recorded`, at its level."""
+def is_known(row: dict[str, Any], lower: Callable[[], Any], recorded: dict[str, Any]) -> bool:
+    """Whether to compile what `trace` returns could but give what is `recorded`, at its level.
+
+    The row gets its program, before XLA. To lower a step takes as long as to trace it, so what is
+    traced as what is recorded was is not lowered.
+    """
+    if all(row[name] == recorded.get(name) for name in SOURCE):
+        row["program"] = recorded["program"]
+    else:
+        row["program"] = fingerprint(lower().as_text())
     return all(row[name] == recorded.get(name) for name in IDENTITY)
 
 
-def estimate(row: dict[str, Any], lowered: Any, level: str = "O0") -> tuple[dict[str, Any], str]:
+def estimate(
+    row: dict[str, Any], lower: Callable[[], Any], level: str = "O0"
+) -> tuple[dict[str, Any], str]:
     """(the whole row, the compiled program) of what `trace` returns, at one of `LEVELS`.
 
     Cycles are left out of a program that was not optimised, or loops as often as data says.
@@ -164,7 +203,7 @@ def estimate(row: dict[str, Any], lowered: Any, level: str = "O0") -> tuple[dict
     row = row | {"level": level}
     try:
         with compiling_at(level):
-            compiled = lowered.compile()
+            compiled = lower().compile()
     except jax.errors.JaxRuntimeError as e:
         used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])", str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or not used:
@@ -298,11 +337,11 @@ def make_row(
     Without a `level` it is `otherwise`, or that of the row whose place it takes if that is higher.
     None: it does not compile.
     """
-    row, lowered = trace(name, step, topology, batch, flags.dtype)
-    recorded = read_record().get(key(row)) if flags.update else None
+    row, lower = trace(name, step, topology, batch, flags.dtype)
+    recorded = read_record().get(key(row), {}) if flags.update else {}
     level = level or (recorded["level"] if recorded and otherwise == "O0" else otherwise)
     # Who tried harder knows the rest, too.
-    if recorded and is_known(row, recorded) and recorded["level"] in (level, HARDEST):
+    if is_known(row, lower, recorded) and recorded["level"] in (level, HARDEST):
         row = recorded | row  # The model's own work may be counted otherwise by now.
         if "mcycles" in row:
             row["share_of_peak"] = share_of_peak(row)
@@ -310,7 +349,7 @@ def make_row(
         print(f"{name} {step} {topology} {batch}: known", file=sys.stderr)
         return row
     try:
-        row, text = estimate(row, lowered, level)
+        row, text = estimate(row, lower, level)
     except jax.errors.JaxRuntimeError as e:
         print(json.dumps(row | {"error": " ".join(str(e).split())[:300]}), flush=True)
         return None

@@ -31,8 +31,9 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.compiled import trace_step
 from benchmarks.paper import jaxprs_in_params, paper_config, product_flops
-from benchmarks.tpu_compile import CHIPS, Chip, mesh_of, trace_step
+from benchmarks.tpu_compile import CHIPS, Chip, mesh_of
 
 
 def kernel_cycles(config: str, step: str, topology: str, rows: int, dtype: str) -> dict[str, int]:

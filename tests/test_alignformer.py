@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def build(variant="", **changes):
-    config = tiny.config(variant, **changes)
+    config = tiny.config(variant, model__bert__dropout=0.0, **changes)
     config.model.bert.vocab_size = 50
     return models.build(config.model)
 

@@ -1,21 +1,28 @@
-"""The command line: bad input is one clear line and exit status 2; a whole run prints JSON last."""
+"""The command line: bad input is one line, a whole run prints JSON last, a killed one goes on."""
 
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 
+from refseg_jax import checkpoint
+from refseg_jax.errors import TERMINATED
 from tests import tiny
+from tests.test_train import leaves
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
+PROGRAM = sys.executable, "-m", "refseg_jax.main"
 
 
 def main(*arguments, cwd=REPO, **env):
     return subprocess.run(
-        [sys.executable, "-m", "refseg_jax.main", *arguments],
+        [*PROGRAM, *arguments],
         cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
@@ -75,13 +82,25 @@ def test_a_config_is_found_from_elsewhere(tmp_path):
     assert done.returncode == 2 and done.stderr == "error: No module named 'nonsense'\n"
 
 
-def test_a_whole_run_and_evaluating_it_again(tmp_path):
-    workdir = tmp_path / "run"
-    arguments = ["--config", "configs/alignformer.py", "--workdir", str(workdir), *tiny.flags()]
-    done = main(*arguments)
+def small(workdir):
+    """Arguments for a run of the tiny config."""
+    config = "--config", "configs/alignformer.py"
+    return [*config, "--workdir", str(workdir), *tiny.flags(mesh__data=1)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(its directory, the process that is done with it); it took 10 steps."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    done = main(*small(workdir))
     assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_whole_run_and_evaluating_it_again(whole_run):
+    workdir, done = whole_run
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["steps"] == 6 and summary["workdir"] == str(workdir)
+    assert summary["steps"] == 10 and summary["workdir"] == str(workdir)
     assert summary["seconds"] > summary["seconds_to_first_step"] > 0
     for name in ("val/mIoU", "val/oIoU", "testA/mIoU", "testB/oIoU", "val/mIoU_shuffled"):
         assert 0 <= summary[name] <= 1
@@ -93,10 +112,57 @@ def test_a_whole_run_and_evaluating_it_again(tmp_path):
     assert (workdir / "tensorboard").is_dir()
 
     changes = "--config.eval.protocol=input", "--config.train.steps=7654"
-    again = main(*arguments, "--mode", "evaluate", *changes)
+    again = main(*small(workdir), "--mode", "evaluate", *changes)
     assert again.returncode == 0 and "WARNING" not in again.stderr, again.stderr
     assert "steps" not in json.loads(again.stdout.splitlines()[-1])
     assert "7654" not in pathlib.Path(summary["report"]).read_text()
     assert (
         json.loads((workdir / "results.json").read_text())["results"]["val"]["protocol"] == "input"
     )
+
+
+def final_params(workdir):
+    with checkpoint.Checkpoints(str(workdir)) as checkpoints:
+        step = checkpoints.last.latest_step()
+        return step, leaves(checkpoints.last.restore(step))
+
+
+def test_a_run_killed_twice_ends_where_an_unbroken_one_ends(whole_run, tmp_path):
+    """Bit for bit, with everything that has state: optimiser, averages, dropout keys, data."""
+    (unbroken, _), broken = whole_run, tmp_path / "broken"
+
+    def steps_taken():
+        metrics = broken / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def kill_after(steps, number, *flags):
+        steps += steps_taken()
+        process = subprocess.Popen(
+            [*PROGRAM, *small(broken), *flags],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.time() + 300
+        while steps_taken() < steps:
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=180)
+        return process.returncode, stderr
+
+    status, stderr = kill_after(3, signal.SIGTERM, "--config.data.workers=1")
+    assert b"Traceback" not in stderr
+    assert status == TERMINATED and b"stopped by SIGTERM at step" in stderr
+    status, stderr = kill_after(1, signal.SIGKILL)
+    assert status == -signal.SIGKILL and b"resumed at step" in stderr
+    done = main(*small(broken))
+    assert done.returncode == 0 and "resumed at step" in done.stderr, done.stderr
+    (step, expected), (resumed_step, resumed) = final_params(unbroken), final_params(broken)
+    assert step == resumed_step == 10
+    assert all(np.array_equal(x, y) for x, y in zip(expected, resumed, strict=True))
+
+    rows, expected = ([json.loads(s) for s in (d / "metrics.jsonl").read_text().splitlines()]
+                      for d in (broken, unbroken))  # fmt: skip
+    assert [r["step"] for r in rows] == [r["step"] for r in expected]
+    assert [r.get("loss") for r in rows] == [r.get("loss") for r in expected]

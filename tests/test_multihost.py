@@ -1,7 +1,7 @@
 """Several processes train one run: as one process does, each reading its share, ending together.
 
-Run as a program, this file is one of the processes: the front door, with a small model that
-compiles in a second, a record of the rows that are read, and, if asked for, slow or with a fault.
+Run as a program, this file is one of the processes: the front door, with a model that compiles in a
+second, a record of the rows that are read, and, if asked for, slow or with a fault.
 """
 
 import json
@@ -15,51 +15,21 @@ import subprocess
 import sys
 import time
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from absl import app
 
 from refseg_jax import checkpoint, main, models, processes, train
 from refseg_jax.data import pipeline
 from refseg_jax.errors import TERMINATED, UserError
-from refseg_jax.models.alignformer import AlignFormer
 from tests import tiny
 from tests.test_train import leaves
+from tests.toy import Toy
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 STEPS, ROWS = 24, 8
 TIMEOUT = 600  # Seconds; far beyond what a process takes, so that a hang ends.
-
-
-class Toy(nn.Module):
-    """Has what divides badly: batch statistics, dropout, and a loss that draws per pixel."""
-
-    config: AlignFormer.Config
-    dtype: jnp.dtype = jnp.float32
-    Config = AlignFormer.Config
-
-    @nn.compact
-    def __call__(self, image, tokens, token_mask, train=False):
-        # No bias: batch norm takes it away again, and Adam would make steps of rounding.
-        x = nn.Conv(8, (4, 4), (4, 4), use_bias=False)(image)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        words = nn.Embed(self.config.bert.vocab_size, 8)(tokens) * token_mask[..., None]
-        x = nn.Dropout(0.1, deterministic=not train)(x * (1 + words.sum(1)[:, None, None]))
-        logits = nn.Dense(1)(x)[..., 0]
-        if train:
-            return {"logits": logits}
-        # Scores must be equal to the last digit: whole numbers that no rounding can move.
-        green = jnp.round((image[..., 1] * 0.224 + 0.456) * 255).astype(jnp.int32)
-        return {"logits": jnp.where((green + tokens.sum(1)[:, None, None]) % 97 > 30, 4.0, -4.0)}
-
-    def loss(self, outputs, mask, valid, key):
-        losses = optax.sigmoid_binary_cross_entropy(outputs["logits"], mask[:, 2::4, 2::4])
-        losses = losses * jax.random.uniform(key, losses.shape)
-        return (losses.mean((1, 2)) * valid).sum() / valid.sum(), {}
 
 
 def one_process(reads: str, pause: str, fault: str) -> None:

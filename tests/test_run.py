@@ -153,7 +153,7 @@ def test_an_evaluation_needs_no_field_of_training(tmp_path):
     other = tiny.config(train__steps=9, optim__lr=1.0)
     free = run.FREE_FIELDS + run.FREE_IN_EVALUATION
     run.prepare(other, workdir, free)
-    with pytest.raises(UserError, match=r"optim.lr: 0.0005 there, 1.0 now, train.steps"):
+    with pytest.raises(UserError, match=r"optim.lr: 5e-05 there, 1.0 now, train.steps"):
         run.prepare(other, workdir)
     # Nor the data that the run was trained on.
     other.data.update(dataset="refcoco+", split_by="unc", select_split="testA", tokenizer="other")

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu, which is for x86-64 Linux")
@@ -61,12 +63,12 @@ ENTRY %main.1 (x.1: bf16[8,128]) -> bf16[8,128] {
 @pytest.mark.parametrize("step", tpu_compile.STEPS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_fits_the_smallest_chip(name, step):
-    row, lowered = tpu_compile.trace(name, step, "v5e:2x2", 8)
+    row, lower = tpu_compile.trace(name, step, "v5e:2x2", 8)
     recorded = RECORD[tpu_compile.key(row)]
     assert row["model_tflops"] == recorded["model_tflops"], "docs/scale.md is of another model"
     # What was compiled for the record need not be compiled again, which takes minutes.
-    if not tpu_compile.is_known(row, recorded):
-        recorded, _ = tpu_compile.estimate(row, lowered)
+    if not tpu_compile.is_known(row, lower, recorded):
+        recorded, _ = tpu_compile.estimate(row, lower)
     assert recorded["fits"]
     if step == "eval":
         assert not recorded["collectives"]  # No chip waits for another.
@@ -81,10 +83,10 @@ def test_a_step_fits_the_smallest_chip(name, step):
 )
 def test_a_step_fits_other_chips(name, topology):
     """A few of them: each generation has kernels, or forms of one, that others have not."""
-    row, lowered = tpu_compile.trace(name, "eval", topology, 8)
+    row, lower = tpu_compile.trace(name, "eval", topology, 8)
     recorded = RECORD[tpu_compile.key(row)]
-    if not tpu_compile.is_known(row, recorded):
-        recorded, _ = tpu_compile.estimate(row, lowered)
+    if not tpu_compile.is_known(row, lower, recorded):
+        recorded, _ = tpu_compile.estimate(row, lower)
     assert recorded["fits"] and not recorded["collectives"]
 
 
@@ -92,12 +94,37 @@ def test_a_program_does_not_tell_where_its_source_is():
     mesh = tpu_compile.mesh_of("v5e:2x2")
     x = jax.ShapeDtypeStruct((4, 16, 128), jnp.bfloat16, sharding=batch_sharding(mesh))
     scale = jnp.ones(128)
-    lowered = jax.jit(on_mesh(mesh, normalize_in_kernel), static_argnums=3).lower(
+    traced = jax.jit(on_mesh(mesh, normalize_in_kernel), static_argnums=3).trace(
         x, scale, scale, 1e-5
     )
-    (kernel,) = re.findall(r"body\\22: \\22([A-Za-z0-9+/=]+)", lowered.as_text())
+    text = str(traced.jaxpr)
+    assert "pallas_call" in text and ".py" not in text and " at 0x" not in text
+    (kernel,) = re.findall(r"body\\22: \\22([A-Za-z0-9+/=]+)", traced.lower().as_text())
     kernel = base64.b64decode(kernel)
     assert b"tpu" in kernel and b".py" not in kernel
+
+
+def test_what_is_traced_is_told_apart():
+    """By operations, by the numbers of an inner function, and by where arrays lie."""
+    mesh = tpu_compile.mesh_of("v5e:2x2")
+
+    def of(table, sharding, weight=2.0, **options):
+        inner = jax.jit(lambda x: jax.lax.dot(x, table) * weight)
+        function = jax.jit(lambda x: inner(x) + 1, **options)
+        shapes = (jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding),)
+        return tpu_compile.traced_fingerprint(function.trace(*shapes), shapes)
+
+    table, everywhere = np.eye(4, dtype=np.float32), replicated(mesh)
+    first = of(table, everywhere)
+    assert of(table.copy(), everywhere) == first
+    others = {
+        of(2 * table, everywhere),
+        of(table, batch_sharding(mesh)),
+        of(table, everywhere, weight=3.0),
+        of(table, everywhere, out_shardings=batch_sharding(mesh)),
+        of(table, everywhere, donate_argnums=0),
+    }
+    assert len(others - {first}) == 5
 
 
 @pytest.mark.parametrize("kind", tpu_compile.CHIPS)
@@ -222,19 +249,24 @@ def test_the_page_has_the_tables_of_the_record():
 
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
-    """Of CRIS's evaluation step on one host of v5e; the record is a copy, and tracing finds it."""
+    """Of CRIS's evaluation step on one host of v5e; the record is a copy, and tracing finds it.
+
+    What it is lowered to has its fingerprint for a text.
+    """
     for name in ("scale.jsonl", "scale.md"):
         shutil.copy(tpu_compile.DOCS / name, tmp_path)
     monkeypatch.setattr(tpu_compile, "DOCS", tmp_path)
     row = RECORD["cris", 1, "v5e:2x2", 8]
-    names = "program", "options", "libtpu", "jax", "model_tflops"
+    names = "program", "traced", "options", "libtpu", "jax", "model_tflops"
     known = {name: row[name] for name in names}
 
     def trace(config, step, topology, batch, dtype):
         about = dict(config=config, step=step, topology=topology, chips=4, batch_per_chip=batch)
-        return about | {"dtype": dtype} | known, None
+        about |= {"dtype": dtype} | {name: known[name] for name in names[1:]}
+        return about, lambda: types.SimpleNamespace(as_text=lambda: known["program"])
 
     monkeypatch.setattr(tpu_compile, "trace", trace)
+    monkeypatch.setattr(tpu_compile, "fingerprint", lambda text: text)
     return known
 
 
@@ -250,6 +282,11 @@ def test_what_is_recorded_is_not_compiled_again(recorded, level, monkeypatch):
     before = [path.read_bytes() for path in sorted(tpu_compile.DOCS.iterdir())]
     assert run_update(monkeypatch, "--level", level) == 0
     assert [path.read_bytes() for path in sorted(tpu_compile.DOCS.iterdir())] == before
+    # Nor what is traced to something else, or by another JAX, if the same comes out.
+    for name in ("traced", "jax"):
+        recorded[name] = "another"
+        assert run_update(monkeypatch, "--level", level) == 0
+        assert tpu_compile.read_record()["cris", 1, "v5e:2x2", 8][name] == "another"
     recorded["model_tflops"] *= 0.5
     assert run_update(monkeypatch) == 0
     row = tpu_compile.read_record()["cris", 1, "v5e:2x2", 8]
@@ -260,7 +297,7 @@ def test_what_is_recorded_is_not_compiled_again(recorded, level, monkeypatch):
 
 @pytest.mark.parametrize("what", tpu_compile.IDENTITY)
 def test_another_program_or_compiler_is_compiled(recorded, what, monkeypatch, capsys):
-    recorded[what] = "another"
+    recorded["traced"] = recorded[what] = "another"
     levels = []
 
     def estimate(row, lowered, level):
@@ -274,7 +311,7 @@ def test_another_program_or_compiler_is_compiled(recorded, what, monkeypatch, ca
     row = tpu_compile.read_record()["cris", 1, "v5e:2x2", 8]
     assert row["peak_gib"] == 1.25 and row[what] == "another" and "mcycles" not in row
     # An error is no end, and changes no record; on more chips the level is the lower one.
-    recorded[what] = "a third"
+    recorded["traced"] = recorded[what] = "a third"
     before = tpu_compile.read_record()
     assert run_update(monkeypatch, "--topology", "v5e:2x2,v5e:4x4") == 1
     assert levels == ["default, -0.3"] * 2 + ["O0"] and tpu_compile.read_record() == before
@@ -283,7 +320,8 @@ def test_another_program_or_compiler_is_compiled(recorded, what, monkeypatch, ca
 
 
 def test_a_row_keeps_its_level(recorded, monkeypatch):
-    recorded["program"], levels = "another", []
+    recorded["traced"] = recorded["program"] = "another"
+    levels = []
 
     def estimate(row, lowered, level):
         levels.append(level)
@@ -297,7 +335,7 @@ def test_a_row_keeps_its_level(recorded, monkeypatch):
     ):
         if topology == "v5e:2x2":
             assert run_update(monkeypatch, "--level", "O0") == 0 and levels.pop() == "O0"
-            recorded["program"] = "a third"
+            recorded["traced"] = recorded["program"] = "a third"
         assert run_update(monkeypatch, "--topology", topology) == 0 and levels.pop() == level
 
 
@@ -311,7 +349,7 @@ def test_without_a_compiler_for_tpus_that_is_said(monkeypatch, capsys):
 
 
 def test_the_most_rows_that_fit_are_looked_for(recorded, monkeypatch):
-    recorded["program"] = "another"
+    recorded["traced"] = recorded["program"] = "another"
     tried = []
 
     def estimate(row, lowered, level):
