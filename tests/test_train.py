@@ -97,7 +97,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(tmp_path):
     assert all(np.isfinite(x).all() for x in leaves(state.params))
 
 
-def test_two_runs_with_one_seed_are_identical_and_with_another_are_not(tmp_path):
+def test_two_runs_with_one_seed_are_identical_and_with_another_are_not(tmp_path, toy):
     states = [
         take_steps(make_trainer(tmp_path / str(i), seed=seed), 2)[1]
         for i, seed in enumerate((0, 0, 1))
