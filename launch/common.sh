@@ -100,9 +100,9 @@ require_bucket() {
 
 # The words, quoted so that a shell, here or on another machine, reads them back unchanged.
 quote() {
-  local word words=()
+  local word words=() quoted="'\\''" # A variable: before 4.3 bash keeps a replacement's own quoting.
   for word; do
-    [[ $word =~ ^[-+_./:=@%,a-zA-Z0-9]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    [[ $word =~ ^[-+_./:=@%,a-zA-Z0-9]+$ ]] || word="'${word//\'/$quoted}'"
     words+=("$word")
   done
   printf '%s' "${words[*]}"

@@ -9,7 +9,8 @@
 #   --program FILE  run this instead of the front door, with the same arguments
 #   --dry-run       print the commands
 #
-# SIGTERM and SIGINT go on to every process, so that the run is saved; the same command resumes it.
+# SIGTERM and SIGINT go on to every process, so that the run is saved, and SIGHUP as SIGTERM; the same
+# command resumes it.
 # If a process fails the others are ended, and its exit status is returned.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
@@ -42,9 +43,9 @@ pids=() stopped='' status=0 deadline=''
 
 send() {
   local pid
-  for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
+  for pid in ${pids[@]+"${pids[@]}"}; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
-trap 'stopped=yes; send TERM' TERM
+trap 'stopped=yes; send TERM' TERM HUP
 trap 'stopped=yes; send INT' INT
 
 set -m # Each process leads its own group: Ctrl-C reaches it through the trap alone, once.
@@ -74,10 +75,10 @@ while ((${#running[@]})); do
       fi
     fi
   done
-  running=("${left[@]}")
+  running=(${left[@]+"${left[@]}"}) # An empty list is unset to a bash of before 4.4.
   # A process that waits for a lost one cannot be asked: its group is killed, workers included.
   if [[ $deadline ]] && ((SECONDS >= deadline)); then
-    for id in "${running[@]}"; do kill -s KILL -- "-${pids[id]}" 2>/dev/null || true; done
+    for id in ${running[@]+"${running[@]}"}; do kill -s KILL -- "-${pids[id]}" 2>/dev/null || true; done
   fi
   sleep 0.2 || true # Ctrl-C ends it as well.
 done

@@ -22,7 +22,7 @@ require nodes gpus
 count nodes gpus cpus
 require_training
 # Such as 9, 9:30, 0:09:30 or 0-0:9.
-[[ ! $time =~ ^((0+-)?0+:)?0*(10|[0-9])(:[0-9]+)?$ ]] ||
+[[ ! $time =~ ^((0+-)?0+:)?0*([0-9](:[0-9]+)?|10(:0+)?)$ ]] ||
   fail "--time $time is too short: five minutes before the limit the run is saved and queued again"
 
 # jax.distributed gives process i of a node its GPU i, so all must see all (no --gpus-per-task).

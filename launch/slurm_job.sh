@@ -21,9 +21,17 @@ if ! (($#)) || [[ ! ${SLURM_JOB_ID:-} ]]; then
   exit 2
 fi
 
+# SLURM's controller does not always answer.
+insist() {
+  local try
+  for try in 1 2 3 4 5; do
+    if "$@"; then return 0; fi
+    sleep "$try"
+  done
+}
 ending=''
 # At the limit: every process saves and ends. (scancel with a signal leaves out this script.)
-trap 'ending=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'ending=yes; insist scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 # Preempted or canceled: SLURM has told the processes, and this script waits for them.
 trap : TERM
 
@@ -34,6 +42,6 @@ status=0
 wait $! || status=$?
 
 if [[ $ending ]] && ((status)); then
-  scontrol requeue "$SLURM_JOB_ID"
+  insist scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

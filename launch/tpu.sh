@@ -98,7 +98,7 @@ delete() {
   run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-failures=0 silences=0
+failures=0 silences=0 asked=''
 failed() { tolerate $((++failures)) "$1"; }
 unanswered() { tolerate $((++silences)) "$1"; }
 tolerate() {
@@ -114,13 +114,20 @@ look() {
     # Anything but a clear "there is none" may pass, such as a broken line.
     if [[ $answer == *NOT_FOUND* ]]; then
       silences=0
-      create || fail "the request for a pod was refused"
+      if create; then
+        asked=yes
+      elif [[ $asked ]]; then # What was granted once may be so again.
+        failed "the request for a pod was refused"
+      else
+        fail "the request for a pod was refused"
+      fi
     else
       unanswered "${answer##*$'\n'}"
     fi
     return 1
   fi
   [[ $answer ]] || { unanswered "nothing is said of the request" && return 1; }
+  asked=yes
   [[ ${answer##*[[:space:]]} == ACTIVE ]] || silences=0
   case ${answer##*[[:space:]]} in
     ACTIVE) ;;

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 import traceback
@@ -11,7 +12,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from refseg_jax.errors import INTERRUPTED, UserError, bucket_errors, fail, say
+from refseg_jax.errors import INTERRUPTED, TERMINATED, UserError, bucket_errors, fail, say
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/, with `:variant` if wanted.")
 flags.DEFINE_string("workdir", None, "The run's directory (default: runs/ and the config's name).")
@@ -81,8 +82,21 @@ def cpu_devices() -> int:
     return max(1, devices // (count if here else 1))
 
 
+def end_on_signals() -> None:
+    """Ends this process at once on signals, until something is there that does better.
+
+    Python would heed Ctrl-C only once it is out of libraries, such as one that waits for the other
+    processes. And a container's first process the kernel ends only if it asks for it.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Else it is ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def main(_: list[str]) -> None:
     begun = time.time()
+    end_on_signals()
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
     option = "--xla_force_host_platform_device_count"
     if option not in os.environ.get("XLA_FLAGS", ""):
@@ -104,6 +118,8 @@ def main(_: list[str]) -> None:
     peers = None
     try:
         peers = processes.join(*process_flags())
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if jax.default_backend() == "cpu":
             processes.keep_memory()
         with bucket_errors():

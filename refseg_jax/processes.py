@@ -179,6 +179,24 @@ def meet() -> None:
         distributed.global_state.client.wait_at_barrier(name, 3_600_000)
 
 
+def wait_for_first() -> None:
+    """Has the others wait until process 0 comes here, however long; signals are heard meanwhile.
+
+    At the end JAX would have them wait five minutes at most.
+    """
+    if jax.process_count() == 1:
+        return
+    client, name = distributed.global_state.client, f"refseg_jax/first {next(_meetings)}"
+    if jax.process_index() == 0:
+        client.key_value_set(name, "is here")
+        return
+    while True:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # It is not there yet.
+            client.key_value_try_get(name)
+            return
+        time.sleep(0.2)
+
+
 def sees_the_same(folder: str) -> bool:
     """Whether `folder`, which process 0 has made, is one for all processes; call it on all."""
     if jax.process_count() == 1:

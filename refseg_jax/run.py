@@ -10,7 +10,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from refseg_jax import bounds, checkpoint, data, details, evaluate
+from refseg_jax import bounds, checkpoint, data, details, evaluate, processes
 from refseg_jax.data.files import locked
 from refseg_jax.data.pipeline import CannotShuffle
 from refseg_jax.data.sets import set_name
@@ -20,7 +20,7 @@ from refseg_jax.logging import read_metrics
 from refseg_jax.predict import load_run, make_predict_step
 from refseg_jax.report import write_report
 from refseg_jax.sharding import batch_sharding, make_mesh, replicated, to_device
-from refseg_jax.stopping import ending_on_sigterm
+from refseg_jax.stopping import ending_on_signals
 from refseg_jax.train import evaluation_settings, train
 
 # What may change when a run is resumed: nothing that its parameters depend on, unless, as other
@@ -71,16 +71,24 @@ def _run(
         for section in ("train", "optim", "init"):  # The report shows what the run was made with.
             config[section] = trained[section]
         config.data.tokenizer = trained.data.tokenizer
-        with ending_on_sigterm():
-            return evaluate_run(config, tokenizer, workdir)
+        return _evaluate(config, tokenizer, workdir)
     with _sole(workdir):
         tokenizer = prepare(config, workdir)
         if mode == "both":  # A name that is wrong should not come out after training.
             data.open_sources(config.data, config.data.eval_splits)
         summary = train(config, tokenizer, workdir, begun)
         if mode == "both":
-            with ending_on_sigterm():
-                summary |= evaluate_run(config, tokenizer, workdir)
+            summary |= _evaluate(config, tokenizer, workdir)
+    return summary
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
+) -> dict[str, Any]:
+    """`evaluate_run`; a signal to any process ends all until the first is done with the report."""
+    with ending_on_signals():
+        summary = evaluate_run(config, tokenizer, workdir)
+        processes.wait_for_first()
     return summary
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import jax
+from jax._src import distributed  # Whether there is a cluster has no public name.
 from jax.experimental import multihost_utils
 
 from refseg_jax.errors import INTERRUPTED, TERMINATED, UserError
@@ -70,21 +71,34 @@ class StopRequest:
             signal.signal(signal.SIGTERM, signal.SIG_IGN if stopped else signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """Lets SIGTERM to one of several processes end all, where there is nothing to save.
+class _Signaled(BaseException):
+    """Goes past whoever would call any Exception a damaged file."""
 
-    JAX would take note of it, for `StopRequest` to ask. One process alone ends as ever.
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Lets SIGTERM or Ctrl-C to one of several processes end all, where there is nothing to save.
+
+    JAX would take note of SIGTERM, for `StopRequest` to ask, also where a cluster has but one
+    process. Without a cluster a process ends as ever.
+
+    Raises:
+      UserError: there was a signal; with its exit status.
     """
-    if jax.process_count() == 1 or threading.current_thread() is not threading.main_thread():
+    alone = distributed.global_state.client is None
+    if alone or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_):
-        raise UserError("stopped by SIGTERM: run the same command again", TERMINATED)
+    def stop(number, _):
+        raise _Signaled(signal.Signals(number).name)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except _Signaled as e:
+        status = INTERRUPTED if str(e) == "SIGINT" else TERMINATED
+        raise UserError(f"stopped by {e}: run the same command again", status) from e
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -46,3 +46,24 @@ def test_a_job_at_its_limit_is_saved_and_queued_again(signals, status, expected,
     words = (tools.folder / "srun").read_text().split()
     assert words[-3:] == ["python", "a", "b"] and "--cpus-per-task=6" in words
     assert "--gpu-bind=none" in words and "--kill-on-bad-exit=1" in words
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(tools):
+    step = tools.folder / "bin/srun"
+    step.write_text(f"#!/bin/sh\nkill -s USR1 $PPID\n{shutil.which('sleep')} 0.3\nexit 2\n")
+    tools.answer(("scancel", "", 1), ("scontrol", "", 1))
+    done = bash(
+        *script("slurm_job.sh", "python"), path=tools.path, SLURM_JOB_ID="77", **tools.environ
+    )
+    assert done.returncode == 2, done.stderr
+    assert [call[0] for call in tools.calls] == ["scancel"] * 2 + ["scontrol"] * 2
+
+
+@pytest.mark.parametrize(
+    ("time", "enough"),
+    [("10", False), ("0:10:00", False), ("9:59", False), ("10:30", True), ("0-0:11", True)],
+)
+def test_a_job_has_time_to_be_saved(time, enough, tools):
+    options = ["--nodes", "1", "--gpus", "1", "--time", time, "--dry-run"]
+    done = tools.bash(*script("slurm.sh", *options, "--", *TRAINING), check=False)
+    assert (done.returncode == 0) == enough and ("too short" in done.stderr) != enough

@@ -174,6 +174,11 @@ def test_keep_gives_up_where_nothing_is_said(tools):
 def test_keep_ends_where_there_can_be_no_pod(tools):
     done, steps = keep(tools, NONE, ("create", "no such type", 1))
     assert done.returncode == 2 and "refused" in done.stderr and steps == ["create"]
+    # One that there was there may be again.
+    preempted = ("describe", "SUSPENDED", 0), ("delete", "", 0)
+    done, steps = keep(tools, *preempted, *[NONE, ("create", "none left", 1)] * 2, restarts=1)
+    assert done.returncode == 2 and steps == ["delete", "create", "create"]
+    assert "refused (1 of 1)" in done.stdout + done.stderr
     done, steps = keep(tools, *[("describe", "not logged in", 1)] * 3, restarts=2)
     assert done.returncode == 2 and "not logged in" in done.stderr and steps == []
 
