@@ -192,7 +192,7 @@ def main() -> None:
         for name, source in sources.items():
             batches = TrainBatches(
                 source, shapes.tokenizer(), image_size=args.image_size, max_tokens=20,
-                batch_size=16, num_steps=args.steps, seed=0,
+                batch_size=16, num_steps=2 + args.steps, seed=0,
             )  # fmt: skip
             measure_parts(name, batches, args.samples, args.repeats)
             for workers in map(int, args.workers.split(",")):

@@ -16,6 +16,7 @@ LEAST = {
     "train.steps": 0,
     "train.epochs": 0,
     "train.batch_size": 1,
+    "mesh.cpu_devices": 1,
     "train.accumulate": 1,
     "train.log_every": 1,
     "train.eval_every": 1,

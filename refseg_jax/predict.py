@@ -281,6 +281,8 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     predictor = Predictor.from_workdir(arguments.workdir)
     if arguments.threshold is not None:
         predictor.threshold = arguments.threshold
+    for text in arguments.text:  # All of them before anything is written.
+        predictor.tokenizer.encode(text, predictor.max_tokens)
     ours = PngImagePlugin.PngInfo()
     ours.add_text(*_OURS)
     for text, paths in zip(arguments.text, written, strict=True):

@@ -241,6 +241,10 @@ def test_several_texts(workdir, photo, tmp_path, capsys):
     blocks = capsys.readouterr().out.split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == texts
     assert all("confidence  " in block and "_overlay.png" in block for block in blocks)
+    # One that is none ends it before anything is written.
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "none")
+    assert predict.main([*arguments, "--text", " "]) == 2
+    assert "empty expression" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_a_bucket_without_its_library_is_one_line(photo, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ from tests import preparing, tiny
     [
         ("train__batch_size", 0, "batch_size=0: it must be 1 or more"),
         ("train__accumulate", 0, "accumulate=0"),
+        ("mesh__cpu_devices", -3, "config.mesh.cpu_devices=-3: it must be 1 or more"),
         ("train__eval_every", 0, "eval_every=0"),
         ("train__log_every", -1, "log_every=-1"),
         ("train__checkpoint_every", 0, "checkpoint_every=0"),

@@ -173,6 +173,12 @@ def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path, toy
     with checkpoint.Checkpoints(str(tmp_path / "c")) as checkpoints:
         trainer = train.Trainer(same, run.prepare(same, str(tmp_path / "c")), checkpoints)
     assert trainer.origin == f"all parameters from {tmp_path / 'a'}"
+    other = tiny.config(
+        init__checkpoint=str(tmp_path / "a"), model__heads=1, model__bert__dropout=0.2
+    )
+    with checkpoint.Checkpoints(str(tmp_path / "d")) as checkpoints:
+        trainer = train.Trainer(other, run.prepare(other, str(tmp_path / "d")), checkpoints)
+    assert trainer.origin.endswith("/a (differs in model.heads: 2 there, 1 now)")
 
 
 def test_batch_that_devices_cannot_share_is_an_error(tmp_path):

@@ -52,6 +52,17 @@ ENCODERS: Mapping[str, Load] = {
 PARTS: Mapping[str, tuple[str, ...]] = {"clip": ("vision", "text")}
 
 
+def _differs(source: str, config: ml_collections.ConfigDict) -> str:
+    """In which of the model's fields a run differs, but for what its parameters do not tell of."""
+    training = ("dropout", "drop_path", "dtype", "remat", "cudnn")
+    changed = [
+        field
+        for field in checkpoint.changed_fields(checkpoint.read_config(source), config)
+        if field.startswith("model.") and field.partition(":")[0].rpartition(".")[2] not in training
+    ]
+    return f" (differs in {', '.join(changed[:8])})" if changed else ""
+
+
 def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dict[str, Any], str]:
     """Parts of `variables` (a tree of shapes) to start from, and a line that says whence.
 
@@ -68,15 +79,11 @@ def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dic
         try:
             loaded = checkpoint.load_variables(source, variables, here)
         except UserError as error:
-            changed = checkpoint.changed_fields(checkpoint.read_config(source), config)
-            changed = [field for field in changed if field.startswith("model.")]
-            changed = [
-                field for field in changed if "dropout" not in field and "dtype" not in field
-            ]
-            fits_not = changed and "does not fit" in str(error)
-            differs = f" (differs in {', '.join(changed[:8])})" if fits_not else ""
+            differs = _differs(source, config) if "does not fit" in str(error) else ""
             raise UserError(f"config.init.checkpoint={source}{differs}: {error}") from error
-        return jax.tree.map(np.asarray, loaded), f"all parameters from {source}"
+        # Some of it shows in no array's shape, such as the heads of an attention.
+        found = f"all parameters from {source}{_differs(source, config)}"
+        return jax.tree.map(np.asarray, loaded), found
     if source:
         if config.model.name not in released.TABLES:
             raise UserError(
