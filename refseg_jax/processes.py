@@ -7,6 +7,7 @@ import itertools
 import os
 import pathlib
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -83,7 +84,11 @@ def join(
             if where or not isinstance(e, ValueError):  # Else no cluster was found.
                 place = f" at {where}" if where else ""
                 raise UserError(f"the other processes were not found{place}: {e}") from e
-    return Peers() if distributed.global_state.num_processes > 1 else None
+    if distributed.global_state.num_processes > 1:
+        return Peers()
+    # On a cluster JAX now takes note of SIGTERM, for several to agree what to do: one ends as ever.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    return None
 
 
 def _wait_for(coordinator: str, seconds: float = 300.0) -> None:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 
 import jax
-from jax._src import distributed  # Whether there is a cluster has no public name.
 from jax.experimental import multihost_utils
 
 from refseg_jax.errors import INTERRUPTED, TERMINATED, UserError
@@ -79,14 +78,12 @@ class _Signaled(BaseException):
 def ending_on_signals() -> Iterator[None]:
     """Lets SIGTERM or Ctrl-C to one of several processes end all, where there is nothing to save.
 
-    JAX would take note of SIGTERM, for `StopRequest` to ask, also where a cluster has but one
-    process. Without a cluster a process ends as ever.
+    JAX would take note of SIGTERM, for `StopRequest` to ask. One process alone ends as ever.
 
     Raises:
       UserError: there was a signal; with its exit status.
     """
-    alone = distributed.global_state.client is None
-    if alone or threading.current_thread() is not threading.main_thread():
+    if jax.process_count() == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
 

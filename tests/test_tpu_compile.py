@@ -330,7 +330,7 @@ def test_a_row_keeps_its_level(recorded, monkeypatch):
     monkeypatch.setattr(tpu_compile, "estimate", estimate)
     for level, topology in (
         (tpu_compile.HARDEST, "v4:2x2x1"),  # The row that it replaces has cycles.
-        ("O0", "v4:4x8x8"),
+        ("O0", "v6e:16x16"),
         (tpu_compile.HARDEST, "v5e:2x2"),  # Also if the row there has none.
     ):
         if topology == "v5e:2x2":
