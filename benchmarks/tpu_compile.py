@@ -72,8 +72,9 @@ LEVELS = {"O0": ("O0", 0.0), HARDEST: ("UNKNOWN", -0.3)}
 ROWS = 8  # Per chip.
 # Of these the record has cycles, for which it takes the higher level, and the most rows that fit.
 ESTIMATED = ("v5e:2x2",)
-# What of a row is known before it is compiled, and decides what comes out; and what decides that.
+# What of a row is known before it is compiled, and decides what comes out.
 IDENTITY = ("program", "options", "libtpu")
+# What is known before the step is lowered, and decides its program.
 SOURCE = ("traced", "jax", "libtpu")
 
 
@@ -117,6 +118,7 @@ def compiling_at(level: str) -> Iterator[None]:
 
 
 def fingerprint(*parts: str | bytes) -> str:
+    """16 hexadecimal digits of SHA-256 of all `parts`, one after another."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.encode())

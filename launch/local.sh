@@ -9,9 +9,9 @@
 #   --program FILE  run this instead of the front door, with the same arguments
 #   --dry-run       print the commands
 #
-# SIGTERM and SIGINT go on to every process, so that the run is saved, and SIGHUP as SIGTERM; the same
-# command resumes it.
-# If a process fails the others are ended, and its exit status is returned.
+# SIGTERM (SIGHUP, too, is passed on as that) and SIGINT go on to every process, so that the run is
+# saved; the same command resumes it. If a process fails the others are ended, and its exit status
+# is returned.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -16,7 +16,6 @@ LEAST = {
     "train.steps": 0,
     "train.epochs": 0,
     "train.batch_size": 1,
-    "mesh.cpu_devices": 1,
     "train.accumulate": 1,
     "train.log_every": 1,
     "train.eval_every": 1,
@@ -38,6 +37,7 @@ LEAST = {
     "data.max_tokens": 3,  # Two marks and a piece.
     "data.workers": 0,
     "data.threads": 0,
+    "mesh.cpu_devices": 1,
 }
 # Numbers from 0 to less than 1; of a model's sections by their last names.
 SHARES = ("train.ema_decay", "optim.b1", "optim.b2")
