@@ -19,7 +19,7 @@ from benchmarks import tpu_compile  # noqa: E402
 from benchmarks.paper import CONFIGS, paper_config, product_flops  # noqa: E402
 from refseg_jax.losses.contrast_kernel import fits_kernel  # noqa: E402
 from refseg_jax.losses.pixel_contrast import pixel_contrast_loss  # noqa: E402
-from refseg_jax.models.layers import feed_forward  # noqa: E402
+from refseg_jax.models.layers import doubling, feed_forward  # noqa: E402
 from refseg_jax.models.layers.layer_norm import normalize_in_kernel  # noqa: E402
 from refseg_jax.sharding import batch_sharding, jit_on_mesh, on_mesh, on_tpus, replicated  # noqa: E402
 
@@ -162,6 +162,24 @@ def test_a_feed_forward_fits_the_vector_memory(kind, rows, channels):
     with at:
         compiled = jit_on_mesh(mesh, both).lower(x, *operands).compile().as_text()
     assert "feed_forward_backward" in compiled
+
+
+@pytest.mark.parametrize("level", tpu_compile.LEVELS)
+@pytest.mark.parametrize(("kind", "h", "w"), [("v4", 56, 58), ("v5p", 108, 101), ("v5e", 108, 101)])
+def test_a_doubling_fits_the_vector_memory(kind, h, w, level):
+    """Both passes of the largest map."""
+    mesh = tpu_compile.mesh_of(f"{kind}:{tpu_compile.CHIPS[kind].host}")
+    x = jax.ShapeDtypeStruct((32, h, w, 128), jnp.bfloat16, sharding=batch_sharding(mesh))
+    fits = on_mesh(mesh, doubling.fits_kernel)
+    assert fits(x) and not fits(x.update(shape=(32, h, w + 1, 128)))
+
+    def both(x):
+        y, pull_back = jax.vjp(doubling.double_in_kernel, x)
+        return pull_back(y)
+
+    with tpu_compile.compiling_at(level):
+        compiled = jit_on_mesh(mesh, both).lower(x).compile().as_text()
+    assert "doubling_backward" in compiled
 
 
 @pytest.mark.parametrize("kind", ["v4", "v5p"])

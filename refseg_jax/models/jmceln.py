@@ -26,7 +26,12 @@ from refseg_jax.models.layers.decoder import class_difference
 from refseg_jax.models.layers.dense import Dense
 from refseg_jax.models.layers.depthwise import DepthwiseConv
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm, SwitchNorm
-from refseg_jax.models.layers.resize import doubled_conv, resize_bilinear, resized_conv
+from refseg_jax.models.layers.resize import (
+    doubled_conv,
+    resize_bilinear,
+    upsample,
+    upsampled_conv,
+)
 from refseg_jax.models.layers.sentence import CLIP_SENTENCES, sentence_vector
 from refseg_jax.sharding import on_tpus
 
@@ -104,7 +109,7 @@ class Neck(nn.Module):
         said = sigma(sentence[:, None, None], "sentence")
         fused = said * sigma(coarsest, f"vision{len(features)}")
         for i, x in reversed(list(enumerate(finer, 1))):
-            fused = resize_bilinear(fused, x.shape[1:3])
+            fused = upsample(fused, x.shape[1:3])
             fused = jnp.concatenate([fused, sigma(x, f"vision{i}")], axis=-1)
             fused = sigma(fused, f"join{i}")
         return fused
@@ -248,7 +253,7 @@ class Upsampling(nn.Module):
             if i == self.doublings - 1 and on_tpus():
                 squares, x = 2, doubled_conv(x, kernel)
             else:
-                x = resized_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
+                x = upsampled_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
             x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train, squares**2))
         return resize_bilinear(Classifier(self.prior, name="classifier")(x, squares), size)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refseg_jax.models.layers.conv import convolve
+from refseg_jax.models.layers.doubling import double_in_kernel, fits_kernel
 
 
 def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = False) -> jax.Array:
@@ -48,6 +49,39 @@ def resized_conv(
         cpu=functools.partial(_resize_products, size=size, align_corners=align_corners),
         default=convolve_resized,
     )
+
+
+def upsample(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """`resize_bilinear(x, size)` of x [B,h,w,C].
+
+    On a TPU a kernel doubles where `doubling.fits_kernel`: XLA's products with the pixels' weights
+    take three times as long as to read and write the maps (docs/scale.md).
+    """
+    return _doubled_in_kernel(
+        x, size, double_in_kernel, functools.partial(resize_bilinear, size=size)
+    )
+
+
+def upsampled_conv(x: jax.Array, kernel: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """`resized_conv(x, kernel, size)`; as `upsample` on a TPU."""
+    return _doubled_in_kernel(
+        x,
+        size,
+        lambda x: convolve(double_in_kernel(x), kernel, 1, (1, 1)),
+        lambda x: resized_conv(x, kernel, size),
+    )
+
+
+def _doubled_in_kernel(
+    x: jax.Array,
+    size: tuple[int, int],
+    in_kernel: Callable[[jax.Array], jax.Array],
+    otherwise: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    doubles = tuple(size) == (2 * x.shape[1], 2 * x.shape[2])
+    if not doubles or not fits_kernel(x):
+        return otherwise(x)
+    return jax.lax.platform_dependent(x, tpu=in_kernel, default=otherwise)
 
 
 def doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
