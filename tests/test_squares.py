@@ -65,9 +65,10 @@ def test_squares_of_an_image(width, on_tpu, like_a_tpu):
     np.testing.assert_array_equal(ours[0][..., 27:30], image[:, row::4, column::4])
 
 
-def test_mean_of_squares():
-    x = normal(2, 6, 4, 5)
-    theirs = x.reshape(2, 3, 2, 2, 2, 5).mean((2, 4))
+@pytest.mark.parametrize(("w", "channels"), [(4, 5), (6, 5), (4, 80)])  # Pairs, or none.
+def test_mean_of_squares(w, channels):
+    x = normal(2, 6, w, channels)
+    theirs = x.reshape(2, 3, 2, w // 2, 2, channels).mean((2, 4))
     np.testing.assert_allclose(mean_of_squares(to_squares(x, 2), 2), theirs, atol=1e-6)
 
 
@@ -84,6 +85,28 @@ def test_convolution_of_squares(side, stride, size):
         return convolve(x, kernel, stride, (size // 2, size // 2))
 
     close(with_gradients(of_squares, x, kernel), with_gradients(of_pixels, x, kernel))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("side", [(1, 2), (2, 1)])
+def test_convolution_of_pairs(side, size):
+    """A row's pixels side by side, or a column's."""
+    x, kernel = normal(2, 4, 6, 3), normal(size, size, 3, 5, seed=1)
+    rows, columns = side
+
+    def to_pairs(x):
+        B, h, w, C = x.shape
+        x = x.reshape(B, h // rows, rows, w // columns, columns, C)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h // rows, w // columns, 2 * C)
+
+    def of_pairs(x, kernel):
+        kernel, around = kernel_of_squares(kernel, side, 1)
+        return convolve(to_pairs(x), kernel, 1, around)
+
+    def of_pixels(x, kernel):
+        return to_pairs(convolve(x, kernel, 1, (size // 2, size // 2)))
+
+    close(with_gradients(of_pairs, x, kernel), with_gradients(of_pixels, x, kernel))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -135,6 +158,31 @@ def test_an_encoder_begins_with_squares_on_a_tpu(encoder, monkeypatch):
     ours = embed(variables, odd)
     monkeypatch.undo()
     close(ours, embed(variables, odd))
+
+
+@pytest.mark.parametrize(("width", "pairs"), [(40, True), (36, False)])  # 10 pixels in a row; 9.
+def test_a_first_stage_of_pairs_on_a_tpu(width, pairs, monkeypatch):
+    encoder = resnet.ResNet(resnet.ResNetConfig(width=8, depths=(2, 1), variant="clip"))
+    image = normal(2, 32, width, 3)
+    variables = encoder.init(jax.random.key(0), image)
+
+    def trained(params):
+        maps, statistics = encoder.apply(
+            {**variables, "params": params}, image, True, mutable="batch_stats"
+        )
+        return sum((x * normal(*x.shape)).mean() for x in maps), (maps, statistics)
+
+    def all_of_it():
+        step = jax.jit(jax.value_and_grad(lambda params: trained(params), has_aux=True))
+        evaluated = jax.jit(lambda variables: encoder.apply(variables, image))(variables)
+        return step(variables["params"]), evaluated
+
+    theirs = all_of_it()
+    monkeypatch.setattr(resnet, "on_tpus", lambda: True)
+    of_pairs = f"[2,8,{width // 8},16]"  # Of the 8 channels inside of a bottleneck.
+    assert (of_pairs in str(jax.make_jaxpr(lambda: all_of_it())())) == pairs
+    for a, b in zip(jax.tree.leaves(all_of_it()), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("size", [(6, 10), (3, 2), (1, 5), (1, 1)])

@@ -7,6 +7,7 @@ norms are computed in float32.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import linen as nn
 from refseg_jax.errors import UserError
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.positions import sine_positions
-from refseg_jax.models.layers.squares import image_to_squares, mean_of_squares
+from refseg_jax.models.layers.squares import fits_pairs, image_to_squares, mean_of_squares
 from refseg_jax.sharding import on_tpus
 
 VARIANTS = ("v1.5", "v1", "clip")
@@ -71,7 +72,8 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution with a residual: [B, h, w, C] -> [B, h', w', width].
 
     h', w' are h, w over `stride`, rounded up; down for the variant "clip". With `projected` the
-    shortcut is a 1x1 convolution, else the identity.
+    shortcut is a 1x1 convolution, else the identity. With `pairs`, which have no stride, it maps
+    [B,h,w,2·C] to [B,h,w,2·width]: two pixels of a row are side by side in the channels.
     """
 
     width: int
@@ -81,8 +83,11 @@ class Bottleneck(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(ConvNorm, dtype=self.dtype)
+    def __call__(self, x: jax.Array, train: bool, pairs: bool = False) -> jax.Array:
+        def conv(dim: int, size: int, stride: int = 1, activation=None, *, name: str) -> Callable:
+            layer = ConvNorm(dim, size, stride, activation, dtype=self.dtype, name=name)
+            return functools.partial(layer, squares=(1, 2) if pairs else 1)
+
         pooled = self.variant == "clip" and self.stride == 2
         stride = 1 if pooled else self.stride
         first, second = (stride, 1) if self.variant == "v1" else (1, stride)
@@ -113,7 +118,7 @@ class ResNet(nn.Module):
             self.stem = [conv(c.width // 2, 3, 2), conv(c.width // 2, 3), conv(c.width, 3)]
         else:
             self.stem = [conv(c.width, 7, 2)]
-        block = nn.remat(Bottleneck, static_argnums=(2,)) if c.remat else Bottleneck
+        block = nn.remat(Bottleneck, static_argnums=(2, 3)) if c.remat else Bottleneck
         self.blocks = [
             [
                 block(width, 2 if i and not j else 1, not j, c.variant, self.dtype)
@@ -143,9 +148,12 @@ class ResNet(nn.Module):
 
     def stage(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """Stage `i`, counted from 0: -> [B, h', w', widths[i]], half the map's size if i > 0."""
+        B, h, w, C = x.shape
+        pairs = i == 0 and on_tpus() and fits_pairs(w, self.config.width)
+        x = x.reshape(B, h, w // 2, 2 * C) if pairs else x
         for block in self.blocks[i]:
-            x = block(x, self._by_batch(train))
-        return x
+            x = block(x, self._by_batch(train), pairs)
+        return x.reshape(B, h, w, -1) if pairs else x
 
     def merge(self, i: int, x: jax.Array, train: bool = False) -> jax.Array:
         """What lies between stage `i` and the next: nothing, `x` as it is."""

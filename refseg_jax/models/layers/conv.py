@@ -1,6 +1,7 @@
 """Convolutions followed by a batch norm."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from refseg_jax.models.layers.norms import BatchNorm
+from refseg_jax.models.layers.pointwise import norm_by_inputs, normed_pointwise
 from refseg_jax.models.layers.squares import kernel_of_squares
 
 
@@ -19,8 +21,8 @@ class ConvNorm(nn.Module):
     them on the right and at the bottom.
 
     With `squares` x has squares of pixels of that side, a multiple of the stride, in its channels,
-    and so has the result (see squares.py): [B,h,w,squares²·C] -> [B,h,w,(squares/stride)²·dim].
-    Not with a dilation.
+    and so has the result (see squares.py): [B,h,w,squares²·C] -> [B,h,w,(squares/stride)²·dim]. Or
+    so many rows and columns of pixels, [B,h,w,rows·columns·C]. Not with a dilation.
 
     Attributes:
         dim: channels that come out.
@@ -38,20 +40,27 @@ class ConvNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, squares: int = 1) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1] // squares**2, self.dim)
-        kernel = _Kernel(shape, name="conv")().astype(self.dtype)
-        x = x.astype(self.dtype)
-        pixels = 1
-        if squares > 1:
-            assert self.dilation == 1 and squares % self.stride == 0
-            kernel, around = kernel_of_squares(kernel, squares, self.stride)
-            x = convolve(x, kernel, 1, around)
-            pixels = (squares // self.stride) ** 2
+    def __call__(self, x: jax.Array, train: bool, squares: int | tuple[int, int] = 1) -> jax.Array:
+        sides = (squares, squares) if isinstance(squares, int) else squares
+        pixels = math.prod(sides)
+        shape = (self.size, self.size, x.shape[-1] // pixels, self.dim)
+        weights = _Kernel(shape, name="conv")()
+        norm = BatchNorm(dtype=self.dtype, name="norm")
+        kernel, x = weights.astype(self.dtype), x.astype(self.dtype)
+        if train and self.size == self.stride == 1 and norm_by_inputs(x, self.dim, pixels):
+            scale, bias, running = norm.weights(self.dim)
+            count = x[..., 0].size * pixels
+            x, mean, var = normed_pointwise(x, weights[0, 0], scale, bias, pixels)
+            norm.record(running, mean, var, count)
         else:
-            around = (self.size // 2 * self.dilation,) * 2
-            x = convolve(x, kernel, self.stride, around, self.dilation)
-        x = BatchNorm(dtype=self.dtype, name="norm")(x, train, pixels)
+            if pixels > 1:
+                assert self.dilation == 1 and not any(side % self.stride for side in sides)
+                kernel, around = kernel_of_squares(kernel, sides, self.stride)
+                x = convolve(x, kernel, 1, around)
+            else:
+                around = (self.size // 2 * self.dilation,) * 2
+                x = convolve(x, kernel, self.stride, around, self.dilation)
+            x = norm(x, train, x.shape[-1] // self.dim)
         return x if self.activation is None else self.activation(x)
 
 

@@ -70,7 +70,6 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9  # PyTorch counts the other way: its 0.1.
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x: jax.Array, train: bool, pixels: int = 1) -> jax.Array:
         """[..., C] -> same shape; with `train`, by the batch's statistics, which are recorded.
 
@@ -81,26 +80,44 @@ class BatchNorm(nn.Module):
         def each(values: jax.Array) -> jax.Array:
             return jnp.tile(values, pixels) if pixels > 1 else values
 
+        scale, bias, running = self.weights(C)
+        mean, var = (x.value for x in running)
+        x = x.astype(jnp.float32)
+        if train:
+            others = tuple(range(x.ndim - 1))
+            mean, var = moments(x, others, each(mean))
+            if pixels > 1:
+                mean, var = mean.reshape(pixels, C), var.reshape(pixels, C)
+                mean, var = mean.mean(0), var.mean(0) + mean.var(0)
+            self.record(running, mean, var, x.size // C)
+        factor = scale * jax.lax.rsqrt(var + EPSILON)
+        return ((x - each(mean)) * each(factor) + each(bias)).astype(self.dtype)
+
+    @nn.compact
+    def weights(self, C: int) -> tuple[jax.Array, jax.Array, tuple[nn.Variable, nn.Variable]]:
+        """(scale, bias, (running mean, running variance)) of C channels."""
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (C,))
-        x = x.astype(jnp.float32)
-        if train:
-            others = tuple(range(x.ndim - 1))
-            mean, var = moments(x, others, each(running_mean.value))
-            if pixels > 1:
-                mean, var = mean.reshape(pixels, C), var.reshape(pixels, C)
-                mean, var = mean.mean(0), var.mean(0) + mean.var(0)
-            if not self.is_initializing():
-                count = x.size // C
-                unbiased = var * (count / max(count - 1, 1))
-                for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    running.value = self.momentum * running.value + (1 - self.momentum) * new
-        else:
-            mean, var = running_mean.value, running_var.value
-        factor = scale * jax.lax.rsqrt(var + EPSILON)
-        return ((x - each(mean)) * each(factor) + each(bias)).astype(self.dtype)
+        return scale, bias, (running_mean, running_var)
+
+    def record(
+        self,
+        running: tuple[nn.Variable, nn.Variable],
+        mean: jax.Array,
+        var: jax.Array,
+        count: int,
+    ) -> None:
+        """Moves the running statistics towards a batch's mean and biased variance.
+
+        These are of `count` pixels.
+        """
+        if self.is_initializing():
+            return
+        unbiased = var * (count / max(count - 1, 1))
+        for variable, new in zip(running, (mean, unbiased), strict=True):
+            variable.value = self.momentum * variable.value + (1 - self.momentum) * new
 
 
 class SwitchNorm(nn.Module):
