@@ -34,6 +34,24 @@ def test_dropout(shape):
     assert len(np.unique(rows, axis=0)) == len(rows)  # No two samples or rows are alike.
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_rectified(train):
+    """As of a ReLU; and what is no number stays that."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 64)), jnp.bfloat16)
+
+    def ours(x):
+        layer = Dropout(RATE, rectified=True)
+        return layer.apply({}, x, train, rngs={"dropout": jax.random.key(0)})
+
+    def theirs(x):
+        return dropped(jax.nn.relu(x), train=train)
+
+    (y, pull_back), (expected, expected_back) = jax.vjp(ours, x), jax.vjp(theirs, x)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(pull_back(y)[0], expected_back(y)[0])
+    assert jnp.isnan(ours(jnp.full_like(x, jnp.nan))).any()
+
+
 def test_dropout_is_the_same_on_any_devices():
     x = jnp.ones((4, 8, 16))
     divided = jax.device_put(x, batch_sharding(make_mesh(4, 1)))

@@ -21,11 +21,12 @@ from refseg_jax.losses.segmentation import masked_mean, nearest_downsample, sigm
 from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
-from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.dense import Dense, add_bias
 from refseg_jax.models.layers.dropout import Dropout, check_rate
 from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
-from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
+from refseg_jax.models.layers.resize import upsample, upsampled_conv
+from refseg_jax.models.layers.sample_products import sample_products
 from refseg_jax.models.layers.sentence import CLIP_SENTENCES, sentence_vector
 
 
@@ -122,7 +123,7 @@ class Neck(nn.Module):
         said = norm(said, "sentence_norm")[:, None, None]
         coarse = norm(conv(coarse, self.dims[2], 1, "coarse") * said, "coarse_norm")
         middle = conv(middle, self.dims[1], 3, "middle")
-        middle = join(middle, resize_bilinear(coarse, (h, w)), name="middle_join")
+        middle = join(middle, upsample(coarse, (h, w)), name="middle_join")
         fine = nn.avg_pool(conv(fine, self.dims[0], 3, "fine"), (2, 2), (2, 2))
         fine = join(fine, middle, name="fine_join")
 
@@ -130,7 +131,7 @@ class Neck(nn.Module):
             conv(x, self.dims[1], 3, f"{name}_out")
             for x, name in ((fine, "fine"), (middle, "middle"), (coarse, "coarse"))
         )
-        x = join(fine, middle, resize_bilinear(coarse, (h, w)), name="join")
+        x = join(fine, middle, upsample(coarse, (h, w)), name="join")
         # Each pixel's place, (column, row) in -1 ... 1.
         places = np.stack(np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h)), -1)
         places = jnp.broadcast_to(jnp.asarray(places, x.dtype), (B, h, w, 2))
@@ -162,9 +163,9 @@ class Attention(nn.Module):
         C = queries.shape[-1]
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (C, 3 * C))
         bias = self.param("bias", nn.initializers.zeros, (3 * C,))
-        weights, shifts = (jnp.split(x.astype(self.dtype), 3, -1) for x in (kernel, bias))
+        weights, shifts = jnp.split(kernel.astype(self.dtype), 3, -1), jnp.split(bias, 3)
         query, key, value = (
-            x @ weight + shift
+            add_bias(x @ weight, shift)
             for x, weight, shift in zip((queries, keys, values), weights, shifts, strict=True)
         )
         width = C // self.heads
@@ -206,8 +207,8 @@ class DecoderLayer(nn.Module):
         def dropout(x: jax.Array) -> jax.Array:
             return Dropout(cfg.dropout)(x, train)
 
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return LayerNorm(EPSILON, self.dtype, name=name)(x)
+        def norm(x: jax.Array, name: str, keep: bool = False) -> Any:
+            return LayerNorm(EPSILON, self.dtype, name=name)(x, keep)
 
         def attention(name: str) -> Attention:
             return Attention(cfg.heads, cfg.dropout, self.dtype, name=name)
@@ -215,17 +216,20 @@ class DecoderLayer(nn.Module):
         def dense(width: int, name: str) -> Dense:
             return Dense(width, dtype=self.dtype, name=name)
 
-        y = norm(pixels, "self_norm")
+        pixels, y = norm(pixels, "self_norm", keep=True)
         placed = y + pixel_places
         y = attention("self_attention")(placed, placed, y, train=train)
         pixels += dropout(norm(y, "self_end"))
 
-        y = norm(pixels, "cross_norm") + pixel_places
-        y = attention("cross_attention")(y, words + word_places, words, token_mask, train)
+        pixels, y = norm(pixels, "cross_norm", keep=True)
+        placed = y + pixel_places
+        y = attention("cross_attention")(placed, words + word_places, words, token_mask, train)
         pixels += dropout(norm(y, "cross_end"))
 
-        y = dense(cfg.ffn, "fc1")(norm(pixels, "ffn_norm"))
-        y = dense(cfg.dim, "fc2")(norm(dropout(nn.relu(y)), "ffn_middle"))
+        pixels, y = norm(pixels, "ffn_norm", keep=True)
+        y = dense(cfg.ffn, "fc1")(y)
+        y = Dropout(cfg.dropout, rectified=True)(y, train)
+        y = dense(cfg.dim, "fc2")(norm(y, "ffn_middle"))
         return pixels + dropout(y)
 
 
@@ -264,7 +268,7 @@ class DoubleConv(nn.Module):
         _, h, w, C = x.shape
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         kernel = self.param("kernel", init, (3, 3, C, self.dim))
-        x = resized_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
+        x = upsampled_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
         return nn.relu(BatchNorm(dtype=self.dtype, name="norm")(x, train))
 
 
@@ -299,9 +303,7 @@ class Projector(nn.Module):
         )(sentence)
         cells, shift = said[:, :-1].reshape(-1, C, 9), said[:, -1]
         mixed = jnp.einsum("cd,bdk->bck", weight.astype(self.dtype), cells)
-        products = jnp.einsum(
-            "bck,bhwc->bkhw", mixed.astype(self.dtype), x, preferred_element_type=jnp.float32
-        )
+        products = sample_products(x, mixed.astype(self.dtype))
         products += jnp.einsum("d,bdk->bk", bias, cells)[:, :, None, None]
         # Beyond the border V W + b is 0, and so are its products.
         products = jnp.pad(products, ((0, 0), (0, 0), (1, 1), (1, 1)))

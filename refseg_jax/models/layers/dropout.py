@@ -1,5 +1,6 @@
 """Dropout whose random bits are a hash: of maps' pixels, and of attention weights in kernels."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -16,19 +17,43 @@ class Dropout(nn.Module):
     `nn.Dropout` does at rates below 1, but for the bits: XLA computes them again in each operation
     that reads what was dropped, and those of JAX's generator cost as much as the products there
     (docs/scale.md).
+
+    With `rectified` x goes through a ReLU first. The result tells the gradient all of it then: what
+    was dropped, like what was negative, is 0 in it.
     """
 
     rate: float
+    rectified: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or not self.rate:
-            return x
+            return nn.relu(x) if self.rectified else x
         words = words_of(self.make_rng("dropout"), x.shape[:1])
         first, second = words.T.reshape(2, -1, *[1] * (x.ndim - 1))
         row = jnp.arange(math.prod(x.shape[1:-1]), dtype=jnp.int32).reshape(*x.shape[1:-1], 1)
         channel = jnp.arange(x.shape[-1], dtype=jnp.int32)
-        return jnp.where(kept(self.rate, first, second, row, channel), x / (1 - self.rate), 0)
+        keep = kept(self.rate, first, second, row, channel)
+        if self.rectified:
+            return _rectified(1 - self.rate, x, keep)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rectified(left: float, x: jax.Array, keep: jax.Array) -> jax.Array:
+    return jnp.where(keep, nn.relu(x) / left, 0)
+
+
+def _rectified_forward(left, x, keep):
+    y = _rectified(left, x, keep)
+    return y, y
+
+
+def _rectified_backward(left, y, cotangent):
+    return jnp.where(y > 0, cotangent / left, 0), None
+
+
+_rectified.defvjp(_rectified_forward, _rectified_backward)
 
 
 def check_rate(rate: float) -> None:
