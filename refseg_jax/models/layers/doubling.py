@@ -8,14 +8,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.depthwise import SAMPLES
+from refseg_jax.models.layers.feed_forward import room
 from refseg_jax.registers import LANES, traced_once
-from refseg_jax.sharding import divides_samples, kernel_places, on_tpus
+from refseg_jax.sharding import divides_samples, kernel_places
 
 # A pixel of so many samples and channels fills a register, so its neighbours are whole registers.
 # A map of those, with rows of the larger map, may have so many bytes: twice as many fit 16 MiB,
-# which the compiler gives a kernel, and a v4 has. With LARGE bytes twice LARGE_BLOCK fit MEMORY.
+# which the compiler gives a kernel, and a v4 has. Where there is more room twice LARGE_BLOCK fit
+# MEMORY.
 BLOCK = 29 << 18
-LARGE = 64 << 20
 LARGE_BLOCK = 23 << 20
 MEMORY = 52 << 20
 ROWS = 2
@@ -27,10 +28,9 @@ def fits_kernel(x: jax.Array) -> bool:
     They fill registers, small enough maps, and every device has samples by the eight.
     """
     B, h, w, C = x.shape
-    large = on_tpus() and pltpu.get_tpu_info().vmem_capacity_bytes >= LARGE
     return (
         (x.dtype == jnp.bfloat16 and C % LANES == 0)
-        and _block_bytes(h, w, x.dtype) <= (LARGE_BLOCK if large else BLOCK)
+        and _block_bytes(h, w, x.dtype) <= (LARGE_BLOCK if room() > 1 else BLOCK)
         and divides_samples(B, SAMPLES)
     )
 
