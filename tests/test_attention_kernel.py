@@ -22,7 +22,7 @@ def on_devices(devices, function, *arrays):
     return jax.jit(on_mesh(mesh, function))(*arrays)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "causal"), [(0.0, False), (0.3, False), (0.0, True)])
 @pytest.mark.parametrize(
     ("cells", "C", "heads", "logits", "devices"),
     [
@@ -32,9 +32,9 @@ def on_devices(devices, function, *arrays):
         (300, 128, 4, 1000, 2),  # in the backward pass too.
     ],
 )
-def test_kernel(cells, C, heads, logits, devices, dropout, interpreted, monkeypatch):
+def test_kernel(cells, C, heads, logits, devices, dropout, causal, interpreted, monkeypatch):
     monkeypatch.setattr(attention_kernel, "LOGITS", logits)
-    q, k, v, cotangent = RNG.normal(size=(4, 2, cells, C)).astype(np.float32)
+    q, k, v, cotangent = RNG.normal(size=(4, 4, cells, C)).astype(np.float32)
     q *= (C / heads) ** -0.5
     q[0, 0] *= 200  # Logits whose exponential is infinite.
 
@@ -43,7 +43,7 @@ def test_kernel(cells, C, heads, logits, devices, dropout, interpreted, monkeypa
             words = words_of(jax.random.key(0), (len(q), heads))
 
             def attend(q, k, v):
-                return attention(q, k, v, words, heads, dropout)
+                return attention(q, k, v, words, heads, dropout, causal)
 
             y, pull_back = jax.vjp(attend, q, k, v)
             return y, *pull_back(cotangent)

@@ -17,10 +17,10 @@ from refseg_jax.models.encoders.resnet import ResNet, ResNetConfig
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.resize import resize_bicubic
 
-# Flax's own variance, E[x²] - E[x]², cancels on large activations.
-_norm = functools.partial(nn.LayerNorm, 1e-5, use_fast_variance=False)
+_norm = functools.partial(LayerNorm, 1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ClipTextLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        B, T, D = x.shape
+        D = x.shape[-1]
         # The deviations that CLIP starts from.
         inner, outer = D**-0.5, (2 * c.layers * D) ** -0.5
 
@@ -160,13 +160,13 @@ class ClipTextLayer(nn.Module):
             init = nn.initializers.normal(deviation)
             return Dense(width, dtype=self.dtype, kernel_init=init, name=name)
 
-        y = _norm(self.dtype, name="norm1")(x)
-        qkv = dense(3 * D, inner, "qkv")(y).reshape(B, T, 3, c.heads, D // c.heads)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + dense(D, outer, "proj")(y.reshape(B, T, D))
+        x, y = _norm(self.dtype, name="norm1")(x, keep=True)
+        q, k, v = jnp.split(dense(3 * D, inner, "qkv")(y), 3, -1)
+        y = self_attention(q * (D / c.heads) ** -0.5, k, v, c.heads, causal=True)
+        x = x + dense(D, outer, "proj")(y)
 
-        y = dense(4 * D, (2 * D) ** -0.5, "fc1")(_norm(self.dtype, name="norm2")(x))
+        x, y = _norm(self.dtype, name="norm2")(x, keep=True)
+        y = dense(4 * D, (2 * D) ** -0.5, "fc1")(y)
         return x + dense(D, outer, "fc2")(_quick_gelu(y))
 
 

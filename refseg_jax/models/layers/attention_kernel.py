@@ -1,4 +1,4 @@
-"""Attention of a map's cells to each other: in XLA's operations, and as a kernel for TPUs."""
+"""Attention of cells or words to each other: in XLA's operations, and as a kernel for TPUs."""
 
 import functools
 from collections.abc import Callable
@@ -27,27 +27,35 @@ def self_attention(
     heads: int,
     dropout: float = 0.0,
     key: jax.Array | None = None,
+    causal: bool = False,
 ) -> jax.Array:
     """softmax(q k^T) v of each head; `q` is scaled: q [B,N,C], k, v [B,T,C] -> [B,N,C].
 
-    Weights are dropped with the probability `dropout`, for which it needs the random `key`, and the
-    others divided by what is left of 1. In the dtype of `q`; logits and softmax are float32. On a
-    TPU, bfloat16 arrays that fill its registers go through a kernel where T = N, in which logits
-    never leave the chip; XLA writes them to memory.
+    With `causal`, for which T = N, none attends to what comes after it. Weights are dropped with
+    the probability `dropout`, for which it needs the random `key`, and the others divided by what
+    is left of 1. In the dtype of `q`; logits and softmax are float32. On a TPU, bfloat16 arrays
+    that fill its registers go through a kernel where T = N, in which logits never leave the chip;
+    XLA writes them to memory.
     """
     words = words_of(key, (len(q), heads)) if dropout else jnp.zeros((len(q), heads, 2), jnp.int32)
-    plain = functools.partial(attend, heads=heads, dropout=dropout)
+    plain = functools.partial(attend, heads=heads, dropout=dropout, causal=causal)
     if q.shape == k.shape and fits_kernel(q, heads):
 
         def kernel(q, k, v, words):
-            return attend_in_kernel(q, k, v, words, heads, dropout)
+            return attend_in_kernel(q, k, v, words, heads, dropout, causal)
 
         return jax.lax.platform_dependent(q, k, v, words, tpu=kernel, default=plain)
     return plain(q, k, v, words)
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, heads: int, dropout: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    words: jax.Array,
+    heads: int,
+    dropout: float,
+    causal: bool = False,
 ) -> jax.Array:
     """`self_attention` in XLA's operations."""
 
@@ -55,6 +63,8 @@ def attend(
         return x.reshape(*x.shape[:2], heads, -1)
 
     logits = jnp.einsum("bnhd,bthd->bhnt", split(q), split(k), preferred_element_type=jnp.float32)
+    if causal:
+        logits = jnp.where(jnp.tri(*logits.shape[2:], dtype=bool), logits, -jnp.inf)
     weights = jax.nn.softmax(logits)
     if dropout:
         query, key = (jnp.arange(n, dtype=jnp.int32) for n in logits.shape[2:])
@@ -79,31 +89,37 @@ def fits_kernel(q: jax.Array, heads: int) -> bool:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def attend_in_kernel(
-    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, heads: int, dropout: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    words: jax.Array,
+    heads: int,
+    dropout: float,
+    causal: bool = False,
 ) -> jax.Array:
     """`self_attention` as a kernel for TPUs of arrays that `fits_kernel`."""
-    return _divided(_forward, heads, dropout, words, q, k, v)
+    return _divided(_forward, heads, dropout, causal, words, q, k, v)
 
 
-def _in_kernel_forward(q, k, v, words, heads, dropout):
-    return attend_in_kernel(q, k, v, words, heads, dropout), (q, k, v, words)
+def _in_kernel_forward(q, k, v, words, heads, dropout, causal):
+    return attend_in_kernel(q, k, v, words, heads, dropout, causal), (q, k, v, words)
 
 
-def _in_kernel_backward(heads, dropout, saved, cotangent):
+def _in_kernel_backward(heads, dropout, causal, saved, cotangent):
     # The logits are computed once more: that takes less than to write and read them.
     q, k, v, words = saved
-    return *_divided(_backward, heads, dropout, words, q, k, v, cotangent), None
+    return *_divided(_backward, heads, dropout, causal, words, q, k, v, cotangent), None
 
 
 attend_in_kernel.defvjp(_in_kernel_forward, _in_kernel_backward)
 
 
-def _divided(run: Callable, heads: int, dropout: float, *arrays: jax.Array) -> Any:
+def _divided(run: Callable, heads: int, dropout: float, causal: bool, *arrays: jax.Array) -> Any:
     """Runs a kernel where the samples are."""
     samples, _ = kernel_places()
-    run = functools.partial(run, heads, dropout)
+    run = functools.partial(run, heads, dropout, causal)
     return jax.shard_map(run, in_specs=samples, out_specs=samples, check_vma=False)(*arrays)
 
 
@@ -117,9 +133,15 @@ def _blocks(shape: tuple[int, ...], heads: int, rows: int) -> tuple[pl.BlockSpec
     )
 
 
-@traced_once(0, 1)
+@traced_once(0, 1, 2)
 def _forward(
-    heads: int, dropout: float, words: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    heads: int,
+    dropout: float,
+    causal: bool,
+    words: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> jax.Array:
     """The kernel for every sample, group of heads and block of queries."""
     B, N, C = q.shape
@@ -127,7 +149,7 @@ def _forward(
     rows = -(-N // (16 * steps)) * 16  # Two of bfloat16 share one of a register's eight.
     of_sample, of_queries, of_keys = _blocks(q.shape, heads, rows)
     return pl.pallas_call(
-        functools.partial(_forward_step, C // heads, dropout),
+        functools.partial(_forward_step, C // heads, dropout, causal),
         name="self_attention",
         grid=(B, C // LANES, pl.cdiv(N, rows)),
         in_specs=[of_sample, of_queries, of_keys, of_keys],
@@ -143,18 +165,26 @@ def _forward(
 
 
 def _forward_step(
-    width: int, dropout: float, words_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any
+    width: int,
+    dropout: float,
+    causal: bool,
+    words_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    y_ref: Any,
 ) -> None:
     """One step of the grid: heads of `width` channels."""
     q, k, v = q_ref[0], k_ref[0], v_ref[0]
     head = jax.lax.broadcasted_iota(jnp.int32, k.shape, 1) // width
     drop = _dropper(dropout, words_ref, (len(q), len(k)), 0)
+    hide = _hider(causal, (len(q), len(k)), 0)
 
     def attend_head(i: jax.Array, y: jax.Array) -> jax.Array:
         # With zeros in the other heads' channels products take no longer than with fewer channels,
         # and each head's results are where they belong.
         keys, values = (jnp.where(head == i, x, 0) for x in (k, v))
-        logits = product(q, keys, 1, 1)
+        logits = hide(product(q, keys, 1, 1))
         weights = jnp.exp(logits - logits.max(1, keepdims=True))
         total = (1 - dropout) * weights.sum(1, keepdims=True)
         return y + product(drop(i, weights).astype(v.dtype), values, 1, 0) / total
@@ -194,10 +224,20 @@ def _dropper(dropout: float, words_ref: Any, shape: tuple[int, int], axis: int) 
     return drop
 
 
-@traced_once(0, 1)
+def _hider(causal: bool, shape: tuple[int, int], axis: int) -> Callable:
+    """A function of logits, as `_dropper`, that hides from each query what comes after it."""
+    if not causal:
+        return lambda logits: logits
+    query = jax.lax.broadcasted_iota(jnp.int32, shape, axis) + pl.program_id(2) * shape[axis]
+    before = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis) <= query
+    return lambda logits: jnp.where(before, logits, -1e30)
+
+
+@traced_once(0, 1, 2)
 def _backward(
     heads: int,
     dropout: float,
+    causal: bool,
     words: jax.Array,
     q: jax.Array,
     k: jax.Array,
@@ -209,7 +249,7 @@ def _backward(
     rows = min(max(LOGITS // N // LANES, 1) * LANES, -(-N // 16) * 16)  # Lanes, of logits.
     of_sample, of_queries, of_keys = _blocks(q.shape, heads, rows)
     return pl.pallas_call(
-        functools.partial(_backward_step, C // heads, dropout),
+        functools.partial(_backward_step, C // heads, dropout, causal),
         name="self_attention_backward",
         grid=(B, C // LANES, pl.cdiv(N, rows)),
         in_specs=[of_sample, of_queries, of_keys, of_keys, of_queries],
@@ -230,6 +270,7 @@ def _backward(
 def _backward_step(
     width: int,
     dropout: float,
+    causal: bool,
     words_ref: Any,
     q_ref: Any,
     k_ref: Any,
@@ -253,6 +294,7 @@ def _backward_step(
         jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // width for x in (q, k)
     )
     drop = _dropper(dropout, words_ref, (len(k), len(q)), 1)
+    hide = _hider(causal, (len(k), len(q)), 1)
 
     @pl.when(block == 0)
     def _():
@@ -261,7 +303,7 @@ def _backward_step(
     def of_head(i: jax.Array, of_q: jax.Array) -> jax.Array:
         own = (head_of_q == i) & (query < N)  # Beyond the last query there may be anything.
         queries, of_own = (jnp.where(own, x, 0) for x in (q, of_y))
-        logits = product(k, queries, 1, 1)
+        logits = hide(product(k, queries, 1, 1))
         weights = jnp.exp(logits - logits.max(0, keepdims=True))
         weights *= 1 / weights.sum(0, keepdims=True)
         left = drop(i, weights)
