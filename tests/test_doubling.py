@@ -4,10 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from refseg_jax.models.layers.doubling import double_in_kernel, fits_kernel
+from refseg_jax.models.layers.doubling import (
+    double_in_kernel,
+    fits_kernel,
+    pool,
+    pool_with_kernel,
+)
+from refseg_jax.models.layers.norms import normalize_by
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv, upsample, upsampled_conv
-from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh
+from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated
 
 RNG = np.random.default_rng(0)
 
@@ -20,14 +27,19 @@ def doubled(x):
     return resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]))
 
 
+def normed_and_doubled(x, vectors):
+    return doubled(x if vectors is None else jax.nn.relu(normalize_by(x, vectors)))
+
+
 def with_gradient(function):
-    def results(x, cotangent):
-        y, pull_back = jax.vjp(function, x)
-        return y, *pull_back(cotangent.astype(y.dtype))
+    def results(x, cotangent, *vectors):
+        y, pull_back = jax.vjp(function, x, *vectors)
+        return y, *jax.tree.leaves(pull_back(cotangent.astype(y.dtype)))
 
     return results
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("shape", "devices"),
     [
@@ -38,15 +50,45 @@ def with_gradient(function):
         ((8, 6, 1, 128), (1, 1)),
     ],
 )
-def test_kernel(shape, devices, interpreted):
+def test_kernel(shape, devices, normed, interpreted):
     """Some rows at a time, or one; and at the borders the outermost cells go on."""
     B, h, w, C = shape
     mesh = make_mesh(*devices)
     arrays = normal(*shape), normal(B, 2 * h, 2 * w, C)
+    vectors = tuple(normal(3, C)) if normed else None
     divided = jax.device_put(arrays, batch_sharding(mesh))
-    ours = jax.jit(on_mesh(mesh, with_gradient(double_in_kernel)))(*divided)
-    for a, b in zip(ours, with_gradient(doubled)(*arrays), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    whole = jax.device_put(vectors, replicated(mesh))
+    ours = jax.jit(on_mesh(mesh, with_gradient(double_in_kernel)))(*divided, whole)
+    theirs = with_gradient(normed_and_doubled)(*arrays, vectors)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices"), [((16, 4, 6, 256), (1, 1)), ((32, 2, 2, 128), (2, 2))]
+)
+def test_pool(shape, devices, interpreted):
+    B, h, w, C = shape
+    mesh = make_mesh(*devices)
+    arrays = normal(*shape), normal(B, h // 2, w // 2, C)
+    divided = jax.device_put(arrays, batch_sharding(mesh))
+    ours = jax.jit(on_mesh(mesh, with_gradient(pool_with_kernel)))(*divided)
+    for a, b in zip(ours, with_gradient(pool)(*arrays), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [((8, 4, 6, 128), 1), ((8, 4, 7, 128), 0), ((8, 5, 6, 128), 0), ((8, 4, 6, 64), 0)],
+)
+def test_which_pool_has_a_kernel(shape, kernels, like_a_tpu):
+    """Of whole cells and registers."""
+    x = jnp.asarray(normal(*shape), jnp.bfloat16)
+    y = nn.avg_pool(x, (2, 2), (2, 2))
+    np.testing.assert_array_equal(np.float32(pool(x)), np.float32(y))
+    like_a_tpu()
+    text = str(jax.make_jaxpr(on_mesh(make_mesh(1, 1), with_gradient(pool)))(x, y))
+    assert text.count("name=spread\n") == kernels
 
 
 def test_rounding_is_that_of_bfloat16(interpreted):
@@ -69,17 +111,23 @@ def test_where_there_is_a_kernel(interpreted, like_a_tpu):
     kernel = jnp.asarray(kernel, jnp.bfloat16)
     mesh = make_mesh(1, 1)
 
-    def both(x, kernel):
-        return upsample(x, (4, 6)), upsampled_conv(x, kernel, (4, 6))
+    vectors = tuple(normal(3, 128))
 
-    def has_kernel(x, kernel):
-        return "doubling" in str(jax.make_jaxpr(on_mesh(mesh, both))(x, kernel))
+    def all_three(x, kernel, vectors):
+        size = 4, 6
+        normed = upsampled_conv(x, kernel, size, vectors)
+        return upsample(x, size), upsampled_conv(x, kernel, size), normed
 
-    theirs = doubled(x), resized_conv(x, kernel, (4, 6))
-    assert not has_kernel(x[..., :64], kernel[:, :, :64])
+    def kernels(*arrays):
+        return str(jax.make_jaxpr(on_mesh(mesh, all_three))(*arrays)).count("name=doubling")
+
+    normed = jax.nn.relu(normalize_by(x, vectors)).astype(x.dtype)
+    theirs = doubled(x), *(resized_conv(a, kernel, (4, 6)) for a in (x, normed))
+    assert kernels(x[..., :64], kernel[:, :, :64], tuple(v[:64] for v in vectors)) == 0
     like_a_tpu()
-    assert has_kernel(x, kernel)
-    for a, b in zip(jax.jit(on_mesh(mesh, both))(x, kernel), theirs, strict=True):
+    assert kernels(x, kernel, vectors) == 2  # Two of the three are alike.
+    ours = jax.jit(on_mesh(mesh, all_three))(x, kernel, vectors)
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=2e-2 * float(abs(b).max()))
 
 

@@ -22,9 +22,10 @@ from refseg_jax.models.encoders.clip import ClipText, ClipTextConfig, ClipVision
 from refseg_jax.models.layers.attention_kernel import self_attention
 from refseg_jax.models.layers.conv import ConvNorm
 from refseg_jax.models.layers.dense import Dense, add_bias
-from refseg_jax.models.layers.dropout import Dropout, check_rate
-from refseg_jax.models.layers.layer_norm import LayerNorm
-from refseg_jax.models.layers.norms import EPSILON, BatchNorm
+from refseg_jax.models.layers.dropout import Dropout, check_rate, words_of
+from refseg_jax.models.layers.layer_norm import LayerNorm, NormWeights
+from refseg_jax.models.layers.norms import EPSILON, BatchNorm, Vectors, normalize_by
+from refseg_jax.models.layers.residual_norm import residual_norm
 from refseg_jax.models.layers.resize import upsample, upsampled_conv
 from refseg_jax.models.layers.sample_products import sample_products
 from refseg_jax.models.layers.sentence import CLIP_SENTENCES, sentence_vector
@@ -109,7 +110,7 @@ class Neck(nn.Module):
         fine, middle, coarse = maps
         B, h, w, _ = middle.shape
 
-        def conv(x: jax.Array, dim: int, size: int, name: str) -> jax.Array:
+        def conv(x: Any, dim: int, size: int, name: str) -> jax.Array:
             module = ConvNorm(dim, size, activation=nn.relu, dtype=self.dtype, name=name)
             return module(x, train)
 
@@ -117,7 +118,7 @@ class Neck(nn.Module):
             return nn.relu(BatchNorm(dtype=self.dtype, name=name)(x, train))
 
         def join(*xs: jax.Array, name: str) -> jax.Array:
-            return conv(jnp.concatenate(xs, -1), self.dims[1], 1, name)
+            return conv(xs, self.dims[1], 1, name)
 
         said = Dense(self.dims[2], use_bias=False, dtype=self.dtype, name="sentence")(sentence)
         said = norm(said, "sentence_norm")[:, None, None]
@@ -204,11 +205,15 @@ class DecoderLayer(nn.Module):
         """pixels [B, S, C], words [B, T, C], positions [S, C] and [T, C] -> pixels."""
         cfg = self.config
 
-        def dropout(x: jax.Array) -> jax.Array:
-            return Dropout(cfg.dropout)(x, train)
-
         def norm(x: jax.Array, name: str, keep: bool = False) -> Any:
             return LayerNorm(EPSILON, self.dtype, name=name)(x, keep)
+
+        def add(pixels: jax.Array, update: jax.Array, end: str, begin: str) -> Any:
+            """pixels + dropout(norm(update)), and the norm of that."""
+            norms = (NormWeights(name=name)(cfg.dim) for name in (end, begin))
+            rate = cfg.dropout if train else 0.0
+            words = words_of(self.make_rng("dropout"), pixels.shape[:1]) if rate else None
+            return residual_norm(pixels, update, *norms, EPSILON, rate, words)
 
         def attention(name: str) -> Attention:
             return Attention(cfg.heads, cfg.dropout, self.dtype, name=name)
@@ -219,18 +224,16 @@ class DecoderLayer(nn.Module):
         pixels, y = norm(pixels, "self_norm", keep=True)
         placed = y + pixel_places
         y = attention("self_attention")(placed, placed, y, train=train)
-        pixels += dropout(norm(y, "self_end"))
+        pixels, y = add(pixels, y, "self_end", "cross_norm")
 
-        pixels, y = norm(pixels, "cross_norm", keep=True)
         placed = y + pixel_places
         y = attention("cross_attention")(placed, words + word_places, words, token_mask, train)
-        pixels += dropout(norm(y, "cross_end"))
+        pixels, y = add(pixels, y, "cross_end", "ffn_norm")
 
-        pixels, y = norm(pixels, "ffn_norm", keep=True)
         y = dense(cfg.ffn, "fc1")(y)
         y = Dropout(cfg.dropout, rectified=True)(y, train)
         y = dense(cfg.dim, "fc2")(norm(y, "ffn_middle"))
-        return pixels + dropout(y)
+        return pixels + Dropout(cfg.dropout)(y, train)
 
 
 class Decoder(nn.Module):
@@ -263,13 +266,21 @@ class DoubleConv(nn.Module):
     dim: int
     dtype: Any = jnp.float32
 
+    def __call__(self, x: jax.Array, train: bool, before: Vectors | None = None) -> jax.Array:
+        """`before` are a batch norm, and with it a ReLU, that x has yet to go through."""
+        x, norm = self.unnormed(x, train, before)
+        return nn.relu(normalize_by(x, norm).astype(self.dtype))
+
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def unnormed(
+        self, x: jax.Array, train: bool, before: Vectors | None = None
+    ) -> tuple[jax.Array, Vectors]:
+        """The result without norm and ReLU, and that norm."""
         _, h, w, C = x.shape
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         kernel = self.param("kernel", init, (3, 3, C, self.dim))
-        x = upsampled_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w))
-        return nn.relu(BatchNorm(dtype=self.dtype, name="norm")(x, train))
+        x = upsampled_conv(x, kernel.astype(self.dtype), (2 * h, 2 * w), before)
+        return x, BatchNorm(name="norm").vectors(x, train)
 
 
 class Projector(nn.Module):
@@ -287,8 +298,8 @@ class Projector(nn.Module):
     def __call__(self, x: jax.Array, sentence: jax.Array, train: bool) -> jax.Array:
         """x [B, h, w, C], sentence [B, E] -> logits float32 [B, 4 h, 4 w]."""
         C = self.dim
-        for i, dim in enumerate((2 * C, C), 1):
-            x = DoubleConv(dim, self.dtype, name=f"up{i}")(x, train)
+        x, norm = DoubleConv(2 * C, self.dtype, name="up1").unnormed(x, train)
+        x = DoubleConv(C, self.dtype, name="up2")(x, train, norm)
         weight = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, C, C))[0, 0]
         bias = self.param("bias", nn.initializers.zeros, (C,))
 

@@ -101,7 +101,7 @@ class Neck(nn.Module):
     def __call__(self, features: list[jax.Array], sentence: jax.Array, train: bool) -> jax.Array:
         """Maps [B, h_i, w_i, C_i], fine to coarse, F_s [B, E] -> F_m [B, h_1, w_1, dim]."""
 
-        def sigma(x: jax.Array, name: str) -> jax.Array:
+        def sigma(x: Any, name: str) -> jax.Array:
             conv = ConvNorm(self.dim, 1, activation=nn.leaky_relu, dtype=self.dtype, name=name)
             return conv(x, train)
 
@@ -110,8 +110,7 @@ class Neck(nn.Module):
         fused = said * sigma(coarsest, f"vision{len(features)}")
         for i, x in reversed(list(enumerate(finer, 1))):
             fused = upsample(fused, x.shape[1:3])
-            fused = jnp.concatenate([fused, sigma(x, f"vision{i}")], axis=-1)
-            fused = sigma(fused, f"join{i}")
+            fused = sigma((fused, sigma(x, f"vision{i}")), f"join{i}")
         return fused
 
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from refseg_jax.errors import UserError
 from refseg_jax.models.layers.conv import ConvNorm
+from refseg_jax.models.layers.doubling import pool
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.squares import fits_pairs, image_to_squares, mean_of_squares
 from refseg_jax.sharding import on_tpus
@@ -63,11 +64,6 @@ class ResNetConfig:
         return 4
 
 
-def _pool(x: jax.Array) -> jax.Array:
-    """Mean of 2x2 cells: [B, h, w, C] -> [B, floor(h/2), floor(w/2), C]."""
-    return nn.avg_pool(x, (2, 2), (2, 2))
-
-
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution with a residual: [B, h, w, C] -> [B, h', w', width].
 
@@ -95,7 +91,8 @@ class Bottleneck(nn.Module):
         y = conv(self.width // 4, 1, first, nn.relu, name="conv1")(x, train)
         y = conv(self.width // 4, 3, second, nn.relu, name="conv2")(y, train)
         if pooled:
-            x, y = _pool(x), _pool(y)
+            # XLA's gradient has more in it of the latter: the ReLU's, and the norm's sums.
+            x, y = pool(x), nn.avg_pool(y, (2, 2), (2, 2))
         y = conv(self.width, 1, name="conv3")(y, train)
         if self.projected:
             x = conv(self.width, 1, stride, name="shortcut")(x, train)
@@ -139,7 +136,7 @@ class ResNet(nn.Module):
         for conv, side in zip(self.stem, sides, strict=True):
             x = conv(x, self._by_batch(train), side)
         if clip:
-            x = mean_of_squares(x, 2) if by_squares else _pool(x)
+            x = mean_of_squares(x, 2) if by_squares else pool(x)
         else:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         if self.config.positions:

@@ -3,10 +3,12 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refseg_jax.models.layers.norms import BatchNorm
 from refseg_jax.models.layers.pointwise import norm_by_inputs, normed_pointwise
@@ -24,6 +26,9 @@ class ConvNorm(nn.Module):
     and so has the result (see squares.py): [B,h,w,squares²·C] -> [B,h,w,(squares/stride)²·dim]. Or
     so many rows and columns of pixels, [B,h,w,rows·columns·C]. Not with a dilation.
 
+    Several maps, as a tuple, are taken as one that has their channels side by side: it is the sum
+    of what they make, so that none of them is copied. Not with `squares`.
+
     Attributes:
         dim: channels that come out.
         size: side of the window, an odd number.
@@ -40,14 +45,18 @@ class ConvNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, squares: int | tuple[int, int] = 1) -> jax.Array:
+    def __call__(self, x: Any, train: bool, squares: int | tuple[int, int] = 1) -> jax.Array:
+        maps = [a.astype(self.dtype) for a in (x if isinstance(x, tuple) else (x,))]
+        ends = np.cumsum([a.shape[-1] for a in maps])
+        x = maps[0]
         sides = (squares, squares) if isinstance(squares, int) else squares
         pixels = math.prod(sides)
-        shape = (self.size, self.size, x.shape[-1] // pixels, self.dim)
+        shape = (self.size, self.size, ends[-1] // pixels, self.dim)
         weights = _Kernel(shape, name="conv")()
         norm = BatchNorm(dtype=self.dtype, name="norm")
-        kernel, x = weights.astype(self.dtype), x.astype(self.dtype)
-        if train and self.size == self.stride == 1 and norm_by_inputs(x, self.dim, pixels):
+        kernel = weights.astype(self.dtype)
+        one = len(maps) == self.size == self.stride == 1
+        if train and one and norm_by_inputs(x, self.dim, pixels):
             scale, bias, running = norm.weights(self.dim)
             count = x[..., 0].size * pixels
             x, mean, var = normed_pointwise(x, weights[0, 0], scale, bias, pixels)
@@ -59,7 +68,10 @@ class ConvNorm(nn.Module):
                 x = convolve(x, kernel, 1, around)
             else:
                 around = (self.size // 2 * self.dilation,) * 2
-                x = convolve(x, kernel, self.stride, around, self.dilation)
+                x = sum(
+                    convolve(a, part, self.stride, around, self.dilation)
+                    for a, part in zip(maps, jnp.split(kernel, ends[:-1], 2), strict=True)
+                )
             x = norm(x, train, x.shape[-1] // self.dim)
         return x if self.activation is None else self.activation(x)
 

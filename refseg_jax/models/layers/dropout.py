@@ -30,13 +30,20 @@ class Dropout(nn.Module):
         if not train or not self.rate:
             return nn.relu(x) if self.rectified else x
         words = words_of(self.make_rng("dropout"), x.shape[:1])
-        first, second = words.T.reshape(2, -1, *[1] * (x.ndim - 1))
-        row = jnp.arange(math.prod(x.shape[1:-1]), dtype=jnp.int32).reshape(*x.shape[1:-1], 1)
-        channel = jnp.arange(x.shape[-1], dtype=jnp.int32)
-        keep = kept(self.rate, first, second, row, channel)
         if self.rectified:
-            return _rectified(1 - self.rate, x, keep)
-        return jnp.where(keep, x / (1 - self.rate), 0)
+            return _rectified(1 - self.rate, x, _kept(self.rate, x, words))
+        return drop(self.rate, x, words)
+
+
+def drop(rate: float, x: jax.Array, words: jax.Array) -> jax.Array:
+    """x [B,...,C] as `Dropout` leaves it, by `words_of` the samples, int32 [B,2]."""
+    return jnp.where(_kept(rate, x, words), x / (1 - rate), 0)
+
+
+def _kept(rate: float, x: jax.Array, words: jax.Array) -> jax.Array:
+    first, second = words.T.reshape(2, -1, *[1] * (x.ndim - 1))
+    row = jnp.arange(math.prod(x.shape[1:-1]), dtype=jnp.int32).reshape(*x.shape[1:-1], 1)
+    return kept(rate, first, second, row, jnp.arange(x.shape[-1], dtype=jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

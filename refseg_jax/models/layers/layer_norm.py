@@ -102,6 +102,14 @@ def fits_kernel(x: jax.Array) -> bool:
     return fills and divides_samples(x.shape[0])
 
 
+def rows_at_a_time(n: int, C: int) -> int:
+    """All of n rows, or equal parts of them: whole registers, but for the last."""
+    if n * C <= BLOCK:
+        return n
+    rows = -(-n // -(-n * C // BLOCK))
+    return rows + -rows % 16
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize_in_kernel(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, keep: bool = False
@@ -158,9 +166,7 @@ def _run(epsilon: float, backward: bool, keep: bool, *operands: jax.Array) -> An
         together = max(k for k in range(1, BLOCK // (n * C) + 1) if sets % k == 0)
         rows = n
     else:
-        together = 1
-        rows = -(-n // -(-n * C // BLOCK))
-        rows += -rows % 16
+        together, rows = 1, rows_at_a_time(n, C)
     arrays = [x.reshape(sets, n, C) for x in operands if x.shape == shape]
     vectors = [x.astype(jnp.float32)[None] for x in operands[len(arrays) :]]
     block = pl.BlockSpec((together, rows, C), lambda i, j: (i, j, 0))

@@ -59,6 +59,16 @@ def moments_at_once(
     return mean + near, jnp.maximum(square - mean * mean, 0.0)
 
 
+# Mean, factor and bias of each channel.
+Vectors = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def normalize_by(x: jax.Array, vectors: Vectors) -> jax.Array:
+    """(x - mean) factor + bias, float32."""
+    mean, factor, bias = vectors
+    return (x.astype(jnp.float32) - mean) * factor + bias
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all but the last axis, in float32 inside.
 
@@ -75,23 +85,25 @@ class BatchNorm(nn.Module):
 
         Or [..., pixels·C], so many pixels side by side.
         """
+        vectors = self.vectors(x, train, pixels)
+        if pixels > 1:
+            vectors = tuple(jnp.tile(v, pixels) for v in vectors)
+        return normalize_by(x, vectors).astype(self.dtype)
+
+    def vectors(self, x: jax.Array, train: bool, pixels: int = 1) -> Vectors:
+        """What `__call__` gives `normalize_by`, float32 [C]."""
         C = x.shape[-1] // pixels
-
-        def each(values: jax.Array) -> jax.Array:
-            return jnp.tile(values, pixels) if pixels > 1 else values
-
         scale, bias, running = self.weights(C)
-        mean, var = (x.value for x in running)
-        x = x.astype(jnp.float32)
+        mean, var = (v.value for v in running)
         if train:
+            x = x.astype(jnp.float32)
             others = tuple(range(x.ndim - 1))
-            mean, var = moments(x, others, each(mean))
+            mean, var = moments(x, others, jnp.tile(mean, pixels) if pixels > 1 else mean)
             if pixels > 1:
                 mean, var = mean.reshape(pixels, C), var.reshape(pixels, C)
                 mean, var = mean.mean(0), var.mean(0) + mean.var(0)
             self.record(running, mean, var, x.size // C)
-        factor = scale * jax.lax.rsqrt(var + EPSILON)
-        return ((x - each(mean)) * each(factor) + each(bias)).astype(self.dtype)
+        return mean, scale * jax.lax.rsqrt(var + EPSILON), bias
 
     @nn.compact
     def weights(self, C: int) -> tuple[jax.Array, jax.Array, tuple[nn.Variable, nn.Variable]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from refseg_jax.models.layers.conv import convolve
 from refseg_jax.models.layers.doubling import double_in_kernel, fits_kernel
+from refseg_jax.models.layers.norms import Vectors, normalize_by
 
 
 def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = False) -> jax.Array:
@@ -57,31 +58,45 @@ def upsample(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     On a TPU a kernel doubles where `doubling.fits_kernel`: XLA's products with the pixels' weights
     take three times as long as to read and write the maps (docs/scale.md).
     """
-    return _doubled_in_kernel(
-        x, size, double_in_kernel, functools.partial(resize_bilinear, size=size)
-    )
+    resize = functools.partial(resize_bilinear, size=size)
+    return _doubled_in_kernel(x, size, double_in_kernel, resize)
 
 
-def upsampled_conv(x: jax.Array, kernel: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """`resized_conv(x, kernel, size)`; as `upsample` on a TPU."""
-    return _doubled_in_kernel(
-        x,
-        size,
-        lambda x: convolve(double_in_kernel(x), kernel, 1, (1, 1)),
-        lambda x: resized_conv(x, kernel, size),
-    )
+def upsampled_conv(
+    x: jax.Array, kernel: jax.Array, size: tuple[int, int], vectors: Vectors | None = None
+) -> jax.Array:
+    """`resized_conv(x, kernel, size)`; as `upsample` on a TPU.
+
+    With `vectors`, x goes through that batch norm and a ReLU first, in the dtype of `kernel`.
+    """
+    if vectors is not None and not fits_kernel(x, normed=True):
+        x, vectors = _rectified(x, vectors), None
+
+    def doubled(x, vectors):
+        return convolve(double_in_kernel(x, vectors), kernel, 1, (1, 1))
+
+    def resized(x, vectors):
+        x = x if vectors is None else _rectified(x, vectors)
+        return resized_conv(x, kernel, size)
+
+    return _doubled_in_kernel(x, size, doubled, resized, vectors)
+
+
+def _rectified(x: jax.Array, vectors: Vectors) -> jax.Array:
+    return jax.nn.relu(normalize_by(x, vectors).astype(x.dtype))
 
 
 def _doubled_in_kernel(
     x: jax.Array,
     size: tuple[int, int],
-    in_kernel: Callable[[jax.Array], jax.Array],
-    otherwise: Callable[[jax.Array], jax.Array],
+    in_kernel: Callable[..., jax.Array],
+    otherwise: Callable[..., jax.Array],
+    *vectors: Vectors | None,
 ) -> jax.Array:
     doubles = tuple(size) == (2 * x.shape[1], 2 * x.shape[2])
     if not doubles or not fits_kernel(x):
-        return otherwise(x)
-    return jax.lax.platform_dependent(x, tpu=in_kernel, default=otherwise)
+        return otherwise(x, *vectors)
+    return jax.lax.platform_dependent(x, *vectors, tpu=in_kernel, default=otherwise)
 
 
 def doubled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
