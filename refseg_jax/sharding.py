@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refseg_jax.errors import UserError
 
-# Batches are split over both axes; parameters over "fsdp" alone, and where there is one of it the
-# optimiser's moments over "data".
+# Batches are split over both axes; parameters and the optimiser's moments over "fsdp" alone, and
+# where there is one of it over "data", but for the time of a step.
 AXES = ("data", "fsdp")
 
 
@@ -143,15 +143,17 @@ def largest_divisible(
     return PartitionSpec(*[None] * largest, axis)
 
 
-def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**14) -> Any:
+def state_sharding(
+    state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**14, stored: bool = True
+) -> Any:
     """A sharding for every leaf of `state` (a tree of arrays or shapes).
 
     `rules` is an ordered sequence of (path regex, tuple with an axis name or None per dimension);
     the first regex found in the leaf's path wins. Optimiser moments carry their parameter's path,
-    hence its rule. A leaf that matches none takes `largest_divisible` over "fsdp". Where that axis
-    has size 1, the moments take it over "data" instead: every device holds the parameters and
-    averages (`ema`) whole, but updates only its share, which all then gather (arXiv:2004.13336;
-    ZeRO's first stage).
+    hence its rule. A leaf that matches none takes `largest_divisible` over "fsdp", or, where that
+    axis has size 1 and it is `stored`, over "data": between steps every device holds and updates
+    but its share, and of the parameters, which it needs whole (`stored` False), a step gathers the
+    others' first (arXiv:2004.13336; ZeRO's first stage).
 
     Raises:
       UserError: a rule is none, or does not fit a leaf.
@@ -171,8 +173,7 @@ def state_sharding(state: Any, mesh: Mesh, rules: Any = (), min_size: int = 2**1
                     f"config.mesh.rules: {rule} is not (path regex, an axis of {AXES} or None per "
                     f"dimension) that fits {name} {leaf.shape}: {e}"
                 ) from e
-        of_data = name.startswith("opt_state/") and mesh.shape["fsdp"] == 1
-        axis = "data" if of_data else "fsdp"
+        axis = "data" if stored and mesh.shape["fsdp"] == 1 else "fsdp"
         return NamedSharding(mesh, largest_divisible(leaf.shape, axis, mesh.shape[axis], min_size))
 
     return jax.tree_util.tree_map_with_path(spec, state)

@@ -47,6 +47,7 @@ def train_step(
     tx: optax.GradientTransformation,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step on a batch (see `data/pipeline.py` for its arrays).
 
@@ -54,9 +55,11 @@ def train_step(
     the same update, but for what is each part's own (batch statistics, random draws such as
     dropout and CMIC's samples, and the sum of the pixels' weights that LAVT's and CrossVLT's loss
     is divided by), in 1/A of the activation memory.
+    `gather` makes of the parameters, as they are stored, what the model is applied to.
     Returns the next state and float32 scalars: loss, grad_norm, and the model's own.
     """
     step_key = jax.random.fold_in(state.key, state.step)
+    gathered = gather(state.params)
 
     def loss_fn(params, model_state, part, key):
         dropout_key, loss_key = jax.random.split(key)
@@ -74,7 +77,7 @@ def train_step(
 
     def one_part(model_state, part, key):
         grads, (model_state, scalars) = jax.grad(loss_fn, has_aux=True)(
-            state.params, model_state, part, key
+            gathered, model_state, part, key
         )
         return model_state, (grads, scalars)
 
@@ -125,6 +128,7 @@ def make_train_step(
         tx=tx,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema_decay,
+        gather=gatherer(config, mesh),
     )
     return jit_on_mesh(
         mesh,
@@ -133,6 +137,20 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def gatherer(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
+    """A function for traced parameters: what devices hold shares of is whole on each.
+
+    Not what `config.mesh` splits over "fsdp", or by a rule.
+    """
+    rules, min_size = config.mesh.rules, config.mesh.min_fsdp_size
+
+    def gather(params: Any) -> Any:
+        places = state_sharding({"params": params}, mesh, rules, min_size, stored=False)
+        return jax.lax.with_sharding_constraint(params, places["params"])
+
+    return gather
 
 
 def total_steps(config: ml_collections.ConfigDict, source: Any) -> int:
@@ -351,6 +369,7 @@ def train(
 def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     config, total = trainer.config, trainer.steps
     predict_fn = make_predict_step(trainer.model, batch_sharding(trainer.mesh))
+    gather = jax.jit(gatherer(config, trainer.mesh))
     select_source = data.open_source(config.data, config.data.select_split)
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.
@@ -371,9 +390,10 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
                 raise stopped(step)
             return to_device(batch, trainer.mesh)
 
+        variables = state.variables()
         result = evaluate.evaluate(
             predict_fn,
-            state.variables(),
+            {**variables, "params": gather(variables["params"])},
             select_source,
             trainer.tokenizer,
             put=put,
@@ -382,7 +402,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             **evaluation_settings(config, trainer.model, trainer.mesh),
         )
         selected_by = result.selected_by(config.eval.select_by)
-        best = checkpoints.save_best(step, state.variables(), selected_by)
+        best = checkpoints.save_best(step, variables, selected_by)
         scores = result.metrics.items()
         known = {f"{result.split}/{name}": v for name, v in scores if math.isfinite(v)}
         writer.write(step, known)  # Last: it says that the step has been scored.

@@ -16,10 +16,10 @@ PARAMS = {
 }
 
 
-def places(data, fsdp, rules=()):
+def places(data, fsdp, rules=(), stored=True):
     """(of the parameters, of their first moments), each name -> the axes of its sharding."""
     state = init_state({"params": PARAMS}, lambda _: optax.adam(0.1), jax.random.key(0), False)
-    shardings = state_sharding(state, make_mesh(data, fsdp), rules, min_size=64)
+    shardings = state_sharding(state, make_mesh(data, fsdp), rules, min_size=64, stored=stored)
     return [
         {name: tuple(sharding.spec) for name, sharding in tree.items()}
         for tree in (shardings.params, shardings.opt_state[0].mu)
@@ -27,10 +27,18 @@ def places(data, fsdp, rules=()):
 
 
 @pytest.mark.parametrize(("data", "fsdp", "axis"), [(4, 1, "data"), (1, 4, "fsdp")])
-def test_devices_share_the_moments(data, fsdp, axis):
+def test_devices_share_the_state(data, fsdp, axis):
     params, moments = places(data, fsdp)
-    assert moments == {"wide": (None, axis), "odd": (), "small": ()}
-    assert params == (moments if axis == "fsdp" else dict.fromkeys(PARAMS, ()))
+    assert params == moments == {"wide": (None, axis), "odd": (), "small": ()}
+
+
+def test_a_step_has_its_parameters_whole():
+    """But for what is split over "fsdp", or by a rule."""
+    assert places(4, 1, stored=False)[0] == dict.fromkeys(PARAMS, ())
+    assert places(2, 4, stored=False)[0] == {"wide": (None, "fsdp"), "odd": (), "small": ()}
+    rules = [("wide", ("data", None))]
+    whole = {"wide": ("data", None), "odd": (), "small": ()}
+    assert places(2, 1, rules, stored=False)[0] == whole
 
 
 def test_moments_lie_where_their_parameters_do():

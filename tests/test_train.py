@@ -45,14 +45,15 @@ def toy(monkeypatch):
 
 def test_data_parallel_and_fsdp_agree_with_one_device(tmp_path):
     losses = {}
-    for data, fsdp in ((1, 1), (2, 4)):
+    for data, fsdp in ((1, 1), (4, 1), (2, 4)):
         trainer = make_trainer(
             tmp_path / f"{data}x{fsdp}", mesh__data=data, mesh__fsdp=fsdp, mesh__min_fsdp_size=64
         )
         kernel = trainer.state.params["centre_decoder"]["query"]["kernel"]
         moments = trainer.state.opt_state[1].inner_states[1].inner_state[0].mu
         for array in (kernel, moments["centre_decoder"]["query"]["kernel"]):
-            assert array.addressable_shards[0].data.size == array.size // fsdp
+            shares = fsdp if fsdp > 1 else data
+            assert array.addressable_shards[0].data.size == array.size // shares
         losses[data, fsdp], _ = take_steps(trainer, 5)
     assert np.ptp(losses[1, 1]) > 1e-3  # It moves at all.
     for mesh, values in losses.items():
