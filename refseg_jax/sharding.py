@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refseg_jax.errors import UserError
 
-# Batches are split over both axes; parameters and the optimiser's moments over "fsdp" alone, and
-# where there is one of it over "data", but for the time of a step.
+# Batches are split over both axes; the train state over "fsdp" alone, or, where there is one of it,
+# over "data", and then a step gathers the parameters.
 AXES = ("data", "fsdp")
 
 
@@ -151,9 +151,9 @@ def state_sharding(
     `rules` is an ordered sequence of (path regex, tuple with an axis name or None per dimension);
     the first regex found in the leaf's path wins. Optimiser moments carry their parameter's path,
     hence its rule. A leaf that matches none takes `largest_divisible` over "fsdp", or, where that
-    axis has size 1 and it is `stored`, over "data": between steps every device holds and updates
-    but its share, and of the parameters, which it needs whole (`stored` False), a step gathers the
-    others' first (arXiv:2004.13336; ZeRO's first stage).
+    axis has size 1 and it is `stored`, over "data": every device holds and updates but its share of
+    parameters, averages (`ema`) and moments, and a step gathers the parameters, which it needs
+    whole (`stored` False; arXiv:2004.13336, ZeRO's first stage).
 
     Raises:
       UserError: a rule is none, or does not fit a leaf.

@@ -369,7 +369,9 @@ def train(
 def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     config, total = trainer.config, trainer.steps
     predict_fn = make_predict_step(trainer.model, batch_sharding(trainer.mesh))
-    gather = jax.jit(gatherer(config, trainer.mesh))
+    # Once for all batches of an evaluation. One device has everything, and needs no copy of it.
+    shared = trainer.mesh.size > trainer.mesh.shape["fsdp"] == 1
+    gather = jax.jit(gatherer(config, trainer.mesh)) if shared else lambda params: params
     select_source = data.open_source(config.data, config.data.select_split)
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.

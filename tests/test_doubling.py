@@ -4,14 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from refseg_jax.models.layers.doubling import (
-    double_in_kernel,
-    fits_kernel,
-    pool,
-    pool_with_kernel,
-)
+from refseg_jax.models.layers import doubling
+from refseg_jax.models.layers.doubling import double_in_kernel, fits_kernel
 from refseg_jax.models.layers.norms import normalize_by
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv, upsample, upsampled_conv
 from refseg_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated
@@ -28,7 +23,9 @@ def doubled(x):
 
 
 def normed_and_doubled(x, vectors):
-    return doubled(x if vectors is None else jax.nn.relu(normalize_by(x, vectors)))
+    if vectors is not None:
+        x = jax.nn.relu(normalize_by(x, vectors)).astype(x.dtype)
+    return doubled(x)
 
 
 def with_gradient(function):
@@ -64,44 +61,20 @@ def test_kernel(shape, devices, normed, interpreted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize(
-    ("shape", "devices"), [((16, 4, 6, 256), (1, 1)), ((32, 2, 2, 128), (2, 2))]
-)
-def test_pool(shape, devices, interpreted):
-    B, h, w, C = shape
-    mesh = make_mesh(*devices)
-    arrays = normal(*shape), normal(B, h // 2, w // 2, C)
-    divided = jax.device_put(arrays, batch_sharding(mesh))
-    ours = jax.jit(on_mesh(mesh, with_gradient(pool_with_kernel)))(*divided)
-    for a, b in zip(ours, with_gradient(pool)(*arrays), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("shape", "kernels"),
-    [((8, 4, 6, 128), 1), ((8, 4, 7, 128), 0), ((8, 5, 6, 128), 0), ((8, 4, 6, 64), 0)],
-)
-def test_which_pool_has_a_kernel(shape, kernels, like_a_tpu):
-    """Of whole cells and registers."""
-    x = jnp.asarray(normal(*shape), jnp.bfloat16)
-    y = nn.avg_pool(x, (2, 2), (2, 2))
-    np.testing.assert_array_equal(np.float32(pool(x)), np.float32(y))
-    like_a_tpu()
-    text = str(jax.make_jaxpr(on_mesh(make_mesh(1, 1), with_gradient(pool)))(x, y))
-    assert text.count("name=spread\n") == kernels
-
-
-def test_rounding_is_that_of_bfloat16(interpreted):
+@pytest.mark.parametrize("normed", [False, True])
+def test_rounding_is_that_of_bfloat16(normed, interpreted):
     """The kernel, in bfloat16, is no farther from float32 than XLA's operations are."""
+    vectors = tuple(normal(3, 128)) if normed else None
     x = jnp.asarray(normal(8, 4, 5, 128), jnp.bfloat16)
     cotangent = jnp.asarray(normal(8, 8, 10, 128), jnp.bfloat16)
-    exact = with_gradient(doubled)(np.float32(x), cotangent)
+    exact = with_gradient(normed_and_doubled)(np.float32(x), cotangent, vectors)
 
     def errors(function):
-        results = jax.jit(on_mesh(make_mesh(1, 1), with_gradient(function)))(x, cotangent)
+        function = on_mesh(make_mesh(1, 1), with_gradient(function))
+        results = jax.jit(function)(x, cotangent, vectors)
         return [np.abs(np.float32(a) - b).mean() for a, b in zip(results, exact, strict=True)]
 
-    for ours, xla in zip(errors(double_in_kernel), errors(doubled), strict=True):
+    for ours, xla in zip(errors(double_in_kernel), errors(normed_and_doubled), strict=True):
         assert ours <= xla
 
 
@@ -129,6 +102,18 @@ def test_where_there_is_a_kernel(interpreted, like_a_tpu):
     ours = jax.jit(on_mesh(mesh, all_three))(x, kernel, vectors)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=2e-2 * float(abs(b).max()))
+
+
+def test_a_map_may_fit_without_its_norm(interpreted, like_a_tpu, monkeypatch):
+    x, kernel = jnp.asarray(normal(8, 2, 5, 128), jnp.bfloat16), normal(3, 3, 128, 4)
+    kernel, vectors, size = jnp.asarray(kernel, jnp.bfloat16), tuple(normal(3, 128)), (4, 10)
+    theirs = upsampled_conv(x, kernel, size, vectors)
+    monkeypatch.setattr(doubling, "BLOCK", 11 * 5 * 8 * 128 * 2)  # 10 rows, but no 12.
+    like_a_tpu()
+    function = on_mesh(make_mesh(1, 1), lambda x: upsampled_conv(x, kernel, size, vectors))
+    assert "name=doubling" in str(jax.make_jaxpr(function)(x))
+    ours = jax.jit(function)(x)
+    np.testing.assert_allclose(*np.float32((ours, theirs)), atol=2e-2 * float(abs(theirs).max()))
 
 
 @pytest.mark.parametrize(

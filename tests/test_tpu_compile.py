@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -165,16 +166,27 @@ def test_a_feed_forward_fits_the_vector_memory(kind, rows, channels):
 
 
 @pytest.mark.parametrize("level", tpu_compile.LEVELS)
-@pytest.mark.parametrize(("kind", "h", "w"), [("v4", 56, 58), ("v5p", 108, 101), ("v5e", 108, 101)])
-def test_a_doubling_fits_the_vector_memory(kind, h, w, level):
-    """Both passes of the largest map."""
+@pytest.mark.parametrize(
+    ("kind", "h", "w", "normed"),
+    [
+        ("v4", 56, 58, False),
+        ("v4", 40, 42, True),
+        ("v5p", 108, 101, False),
+        ("v5p", 76, 73, True),
+        ("v5e", 108, 101, False),
+        ("v5e", 76, 73, True),
+    ],
+)
+def test_a_doubling_fits_the_vector_memory(kind, h, w, normed, level):
+    """Both passes of the largest map, with the norm before it or without."""
     mesh = tpu_compile.mesh_of(f"{kind}:{tpu_compile.CHIPS[kind].host}")
     x = jax.ShapeDtypeStruct((32, h, w, 128), jnp.bfloat16, sharding=batch_sharding(mesh))
-    fits = on_mesh(mesh, doubling.fits_kernel)
+    fits = on_mesh(mesh, functools.partial(doubling.fits_kernel, normed=normed))
     assert fits(x) and not fits(x.update(shape=(32, h, w + 1, 128)))
+    vectors = (jnp.ones(128),) * 3 if normed else None
 
     def both(x):
-        y, pull_back = jax.vjp(doubling.double_in_kernel, x)
+        y, pull_back = jax.vjp(doubling.double_in_kernel, x, vectors)
         return pull_back(y)
 
     with tpu_compile.compiling_at(level):

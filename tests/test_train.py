@@ -60,6 +60,17 @@ def test_data_parallel_and_fsdp_agree_with_one_device(tmp_path):
         np.testing.assert_allclose(values, losses[1, 1], rtol=1e-5, err_msg=str(mesh))
 
 
+def test_a_step_gathers_what_data_parallel_devices_share(tmp_path):
+    trainer = make_trainer(tmp_path, mesh__data=4, mesh__fsdp=1, mesh__min_fsdp_size=64)
+    params = jax.tree.leaves(trainer.state.params)
+    assert not all(x.sharding.is_fully_replicated for x in params)
+    gathered = jax.jit(train.gatherer(trainer.config, trainer.mesh))(params)
+    assert all(x.sharding.is_fully_replicated for x in gathered)
+    batch = train.to_device(next(iter(trainer.batches(0))), trainer.mesh)
+    jaxpr = str(jax.make_jaxpr(trainer.step_fn)(trainer.state, batch))
+    assert jaxpr.count("= sharding_constraint") == len(params)
+
+
 def test_accumulation_and_remat_change_memory_not_the_gradient(tmp_path):
     # CMIC and dropout draw with a key per part, so they are off; clipping would hide the scale.
     plain = {"model__cmic_weight": 0.0, "model__bert__dropout": 0.0, "optim__clip_norm": 0.0}

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from refseg_jax.errors import UserError
+from refseg_jax.models.layers.average_pool import average_pool
 from refseg_jax.models.layers.conv import ConvNorm
-from refseg_jax.models.layers.doubling import pool
 from refseg_jax.models.layers.positions import sine_positions
 from refseg_jax.models.layers.squares import fits_pairs, image_to_squares, mean_of_squares
 from refseg_jax.sharding import on_tpus
@@ -92,7 +92,7 @@ class Bottleneck(nn.Module):
         y = conv(self.width // 4, 3, second, nn.relu, name="conv2")(y, train)
         if pooled:
             # XLA's gradient has more in it of the latter: the ReLU's, and the norm's sums.
-            x, y = pool(x), nn.avg_pool(y, (2, 2), (2, 2))
+            x, y = average_pool(x), nn.avg_pool(y, (2, 2), (2, 2))
         y = conv(self.width, 1, name="conv3")(y, train)
         if self.projected:
             x = conv(self.width, 1, stride, name="shortcut")(x, train)
@@ -136,7 +136,7 @@ class ResNet(nn.Module):
         for conv, side in zip(self.stem, sides, strict=True):
             x = conv(x, self._by_batch(train), side)
         if clip:
-            x = mean_of_squares(x, 2) if by_squares else pool(x)
+            x = mean_of_squares(x, 2) if by_squares else average_pool(x)
         else:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         if self.config.positions:

@@ -64,6 +64,7 @@ class ConvNorm(nn.Module):
         else:
             if pixels > 1:
                 assert self.dilation == 1 and not any(side % self.stride for side in sides)
+                assert len(maps) == 1
                 kernel, around = kernel_of_squares(kernel, sides, self.stride)
                 x = convolve(x, kernel, 1, around)
             else:

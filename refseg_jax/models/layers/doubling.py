@@ -1,10 +1,9 @@
-"""Bilinear interpolation to twice the size, and average pools, with kernels for TPUs."""
+"""Bilinear interpolation to twice the size, as a kernel for TPUs."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -37,14 +36,14 @@ def fits_kernel(x: jax.Array, normed: bool = False) -> bool:
     )
 
 
-def _rows(h: int) -> int:
-    """Of the smaller map, at a time."""
+def rows_at_a_time(h: int) -> int:
+    """Of the smaller map."""
     return max(n for n in range(1, ROWS + 1) if h % n == 0)
 
 
 def _block_bytes(h: int, w: int, dtype: jnp.dtype, normed: bool) -> int:
     maps = 2 if normed else 1  # To which the gradients of a norm need what went in.
-    return (maps * h + 4 * _rows(h)) * w * SAMPLES * LANES * dtype.itemsize
+    return (maps * h + 4 * rows_at_a_time(h)) * w * SAMPLES * LANES * dtype.itemsize
 
 
 @jax.custom_vjp
@@ -87,7 +86,7 @@ def _blocks(h: int, w: int, groups: int, C: int):
 
     Blocks of the smaller map, of the larger's rows, of a vector, and of sums by sample.
     """
-    rows = _rows(h)
+    rows = rows_at_a_time(h)
     block = (None, SAMPLES, LANES)
     grid = groups, C // LANES, h // rows
     small = pl.BlockSpec((h, w, *block), lambda b, c, i: (0, 0, b, 0, c))
@@ -125,7 +124,7 @@ def _forward(x: jax.Array, vectors: Vectors | None) -> jax.Array:
         out_specs=large,
         out_shape=larger,
         **_options(h, w, larger, False),
-    )(_by_pixels(x), *vectors)
+    )(by_pixels(x), *vectors)
     return y.reshape(2 * h, 2 * w, B, C).transpose(2, 0, 1, 3)
 
 
@@ -154,76 +153,13 @@ def _backward(
         **_options(h, w, cotangent, normed),
     )(
         cotangent.transpose(1, 2, 0, 3).reshape(H, w, 2, B // SAMPLES, SAMPLES, C),
-        *([_by_pixels(x), *(v[None] for v in vectors)] if normed else []),
+        *([by_pixels(x), *(v[None] for v in vectors)] if normed else []),
     )
     return [of_x.reshape(h, w, B, C).transpose(2, 0, 1, 3), *sums]
 
 
-def pool(x: jax.Array) -> jax.Array:
-    """Mean of 2x2 cells: [B,h,w,C] -> [B, floor(h/2), floor(w/2), C].
-
-    On a TPU a kernel spreads its gradient where it can: XLA takes three times as long as it takes
-    to write that (docs/scale.md).
-    """
-    B, h, w, C = x.shape
-    fits = x.dtype == jnp.bfloat16 and C % LANES == h % 2 == w % 2 == 0
-    if not fits or not divides_samples(B, SAMPLES):
-        return _pool(x)
-    return jax.lax.platform_dependent(x, tpu=pool_with_kernel, default=_pool)
-
-
-def _pool(x: jax.Array) -> jax.Array:
-    return nn.avg_pool(x, (2, 2), (2, 2))
-
-
-@jax.custom_vjp
-def pool_with_kernel(x: jax.Array) -> jax.Array:
-    """`pool`, whose gradient is a kernel."""
-    return _pool(x)
-
-
-def _pool_forward(x):
-    return _pool(x), None
-
-
-def _pool_backward(_, cotangent):
-    samples, _ = kernel_places()
-    places = dict(in_specs=samples, out_specs=samples, check_vma=False)
-    return (jax.shard_map(_spread, **places)(cotangent),)
-
-
-pool_with_kernel.defvjp(_pool_forward, _pool_backward)
-
-
-@traced_once()
-def _spread(x: jax.Array) -> jax.Array:
-    """A quarter of each number in 2x2 places: [B,h,w,C] -> [B,2h,2w,C]."""
-    B, h, w, C = x.shape
-    rows = _rows(h)
-    block = (None, SAMPLES, LANES)
-    y = pl.pallas_call(
-        _spread_kernel,
-        name="spread",
-        grid=(B // SAMPLES, C // LANES, h // rows),
-        in_specs=[pl.BlockSpec((rows, w, *block), lambda b, c, i: (i, 0, b, 0, c))],
-        out_specs=pl.BlockSpec((rows, 2, w, 2, *block), lambda b, c, i: (i, 0, 0, 0, b, 0, c)),
-        out_shape=jax.ShapeDtypeStruct((h, 2, w, 2, B // SAMPLES, SAMPLES, C), x.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
-        cost_estimate=pl.CostEstimate(
-            flops=x.size, bytes_accessed=5 * x.size * x.dtype.itemsize, transcendentals=0
-        ),
-    )(_by_pixels(x))
-    return y.reshape(2 * h, 2 * w, B, C).transpose(2, 0, 1, 3)
-
-
-def _spread_kernel(x, y):
-    quarter = (0.25 * x[...].astype(jnp.float32)).astype(y.dtype)
-    for row in (0, 1):
-        for column in (0, 1):
-            y[:, row, :, column] = quarter
-
-
-def _by_pixels(x: jax.Array) -> jax.Array:
+def by_pixels(x: jax.Array) -> jax.Array:
+    """[B,h,w,C] -> [h,w,B/8,8,C], whose pixels are registers."""
     B, h, w, C = x.shape
     return x.transpose(1, 2, 0, 3).reshape(h, w, B // SAMPLES, SAMPLES, C)
 

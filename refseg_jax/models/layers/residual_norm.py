@@ -157,7 +157,7 @@ def _call(name, kernel, words, arrays, vectors, totals):
     )(words[:, None], *arrays, *(v.astype(jnp.float32)[None] for v in vectors))
 
 
-def _forward_kernel(epsilon, rate, end, words, x, update, *refs):
+def _forward_kernel(epsilon, rate, _, words, x, update, *refs):
     *vectors, total, y = refs
     scale_before, bias_before, scale, bias = (v[...] for v in vectors)
     standard, _ = standardize(update[...].astype(jnp.float32), epsilon)

@@ -67,7 +67,7 @@ def upsampled_conv(
 ) -> jax.Array:
     """`resized_conv(x, kernel, size)`; as `upsample` on a TPU.
 
-    With `vectors`, x goes through that batch norm and a ReLU first, in the dtype of `kernel`.
+    With `vectors`, x goes through that batch norm and a ReLU first, in the dtype of `x`.
     """
     if vectors is not None and not fits_kernel(x, normed=True):
         x, vectors = _rectified(x, vectors), None
