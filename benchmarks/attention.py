@@ -3,7 +3,7 @@
 python -m benchmarks.attention [--model cris lavt] [--batch 8] [--repeats 50]
 
 A JSON line per model and different attention, in bfloat16: what it is ("attention" for
-`jax.nn.dot_product_attention`, "windows" for Swin's, "cells" for CLIP's pool), queries
+`jax.nn.dot_product_attention`, "windows" for Swin's, "cells" for CLIP's pool and words), queries
 [B,T,heads,width], how many keys S, whether there are a mask and a bias, how often the model calls
 it, and of forward and backward pass
 
@@ -69,7 +69,7 @@ class Attention(NamedTuple):
             return self._in_windows(attend, q, k, v, *bias)
         if self.kind == "cells":
             flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-            return self_attention(*flat, q.shape[2]).reshape(q.shape)
+            return self_attention(*flat, q.shape[2], causal=self.causal).reshape(q.shape)
         return self._dot_product(q, k, v, None)
 
     def cudnn(self, q, k, v, *bias):
@@ -108,9 +108,9 @@ def attentions_of(name: str, batch: int) -> Counter[Attention]:
         found[Attention("windows", queries, n, regions=each)] += 1
         return q
 
-    def cells(q, k, v, heads):
+    def cells(q, k, v, heads, causal=False):
         B, N, C = q.shape
-        found[Attention("cells", (B, N, heads, C // heads), N)] += 1
+        found[Attention("cells", (B, N, heads, C // heads), N, causal=causal)] += 1
         return q
 
     with (

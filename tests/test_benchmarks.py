@@ -98,21 +98,29 @@ def test_a_process_that_says_nothing(monkeypatch):
     assert result == {"error": "the process ended with status 1"}
 
 
-@pytest.mark.parametrize("regions", [None, ((0, 0, 1, 1), (0, 1, 1, 2))], ids=["whole", "regions"])
-def test_windows_are_the_same_for_cudnn(regions, monkeypatch):
-    windows = attention.Attention("windows", (4, 4, 2, 8), 4, regions=regions)
-    arguments = windows.arguments()
+@pytest.mark.parametrize(
+    "one",
+    [
+        attention.Attention("windows", (4, 4, 2, 8), 4),
+        attention.Attention("windows", (4, 4, 2, 8), 4, regions=((0, 0, 1, 1), (0, 1, 1, 2))),
+        attention.Attention("cells", (2, 5, 2, 8), 5),
+        attention.Attention("cells", (2, 5, 2, 8), 5, causal=True),
+    ],
+    ids=["windows", "regions", "cells", "words"],
+)
+def test_attention_is_the_same_for_cudnn(one, monkeypatch):
+    arguments = one.arguments()
     dot_product = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a, implementation, **b: dot_product(*a, **b)
     )
-    ours, theirs = (np.float32(f(*arguments)) for f in (windows.ours, windows.cudnn))
+    ours, theirs = (np.float32(f(*arguments)) for f in (one.ours, one.cudnn))
     np.testing.assert_allclose(ours, theirs, rtol=2e-2, atol=2e-2)  # Of bfloat16.
 
 
 def test_attentions_of_a_model():
     assert attention.attentions_of("cris", 2) == {
-        attention.Attention("attention", (2, 17, 8, 64), 17, causal=True): 12,
+        attention.Attention("cells", (2, 17, 8, 64), 17, causal=True): 12,
         attention.Attention("cells", (2, 169, 32, 64), 169): 1,
     }
     line = attention.measure(attention.Attention("attention", (2, 3, 2, 8), 5, True), 1)
