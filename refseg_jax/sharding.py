@@ -179,6 +179,19 @@ def state_sharding(
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
+def gatherer(mesh: Mesh, rules: Any, min_size: int) -> Callable[[Any], Any]:
+    """A function for traced parameters: what devices hold shares of is whole on each.
+
+    Not what is split over "fsdp", or by one of the `rules` (see `state_sharding`).
+    """
+
+    def gather(params: Any) -> Any:
+        places = state_sharding({"params": params}, mesh, rules, min_size, stored=False)
+        return jax.lax.with_sharding_constraint(params, places["params"])
+
+    return gather
+
+
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays split over the mesh.
 

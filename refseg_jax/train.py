@@ -28,6 +28,7 @@ from refseg_jax.predict import make_predict_step
 from refseg_jax.processes import agree, meet, sees_the_same
 from refseg_jax.sharding import (
     batch_sharding,
+    gatherer,
     jit_on_mesh,
     make_mesh,
     replicated,
@@ -128,7 +129,7 @@ def make_train_step(
         tx=tx,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema_decay,
-        gather=gatherer(config, mesh),
+        gather=gatherer(mesh, config.mesh.rules, config.mesh.min_fsdp_size),
     )
     return jit_on_mesh(
         mesh,
@@ -137,20 +138,6 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-
-
-def gatherer(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
-    """A function for traced parameters: what devices hold shares of is whole on each.
-
-    Not what `config.mesh` splits over "fsdp", or by a rule.
-    """
-    rules, min_size = config.mesh.rules, config.mesh.min_fsdp_size
-
-    def gather(params: Any) -> Any:
-        places = state_sharding({"params": params}, mesh, rules, min_size, stored=False)
-        return jax.lax.with_sharding_constraint(params, places["params"])
-
-    return gather
 
 
 def total_steps(config: ml_collections.ConfigDict, source: Any) -> int:
@@ -370,8 +357,9 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     config, total = trainer.config, trainer.steps
     predict_fn = make_predict_step(trainer.model, batch_sharding(trainer.mesh))
     # Once for all batches of an evaluation. One device has everything, and needs no copy of it.
+    gather = gatherer(trainer.mesh, config.mesh.rules, config.mesh.min_fsdp_size)
     shared = trainer.mesh.size > trainer.mesh.shape["fsdp"] == 1
-    gather = jax.jit(gatherer(config, trainer.mesh)) if shared else lambda params: params
+    gather = jax.jit(gather) if shared else lambda params: params
     select_source = data.open_source(config.data, config.data.select_split)
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.

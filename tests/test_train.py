@@ -9,6 +9,7 @@ import pytest
 from refseg_jax import checkpoint, models, run, train
 from refseg_jax.errors import UserError
 from refseg_jax.logging import read_metrics
+from refseg_jax.sharding import gatherer
 from tests import tiny
 from tests.toy import Toy
 
@@ -64,7 +65,7 @@ def test_a_step_gathers_what_data_parallel_devices_share(tmp_path):
     trainer = make_trainer(tmp_path, mesh__data=4, mesh__fsdp=1, mesh__min_fsdp_size=64)
     params = jax.tree.leaves(trainer.state.params)
     assert not all(x.sharding.is_fully_replicated for x in params)
-    gathered = jax.jit(train.gatherer(trainer.config, trainer.mesh))(params)
+    gathered = jax.jit(gatherer(trainer.mesh, (), 64))(params)
     assert all(x.sharding.is_fully_replicated for x in gathered)
     batch = train.to_device(next(iter(trainer.batches(0))), trainer.mesh)
     jaxpr = str(jax.make_jaxpr(trainer.step_fn)(trainer.state, batch))
