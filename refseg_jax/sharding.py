@@ -156,7 +156,7 @@ def state_sharding(
     whole (`stored` False; arXiv:2004.13336, ZeRO's first stage).
 
     Raises:
-      UserError: a rule is none, or does not fit a leaf.
+      UserError: a rule is none, does not fit a leaf, or, if `stored`, is found in no path.
     """
 
     def spec(path, leaf):
@@ -176,7 +176,15 @@ def state_sharding(
         axis = "data" if stored and mesh.shape["fsdp"] == 1 else "fsdp"
         return NamedSharding(mesh, largest_divisible(leaf.shape, axis, mesh.shape[axis], min_size))
 
-    return jax.tree_util.tree_map_with_path(spec, state)
+    shardings = jax.tree_util.tree_map_with_path(spec, state)
+    paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(state)]
+    for pattern, axes in rules if stored else ():
+        if not any(re.search(pattern, path) for path in paths):
+            raise UserError(
+                f"config.mesh.rules: ({pattern!r}, {axes}) places nothing: it is found in no path "
+                f"of the state, such as {next(path for path in paths if '/' in path)}"
+            )
+    return shardings
 
 
 def gatherer(mesh: Mesh, rules: Any, min_size: int) -> Callable[[Any], Any]:

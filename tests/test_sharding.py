@@ -61,6 +61,14 @@ def test_a_rule_that_is_none_is_named(rule):
         places(2, 1, (rule,))
 
 
+def test_a_rule_that_places_nothing_is_named():
+    rules = [("odd", ("data", None)), ("wid$", ("data", None))]
+    with pytest.raises(UserError, match=r"\('wid\$', .* such as params/odd"):
+        places(2, 1, rules)
+    # What is no whole state need not have it.
+    assert places(2, 1, rules, stored=False)[0] == {"wide": (), "odd": ("data", None), "small": ()}
+
+
 def test_one_device_holds_everything():
     for tree in places(1, 1):
         assert tree == dict.fromkeys(PARAMS, ())
