@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import alignformer
-from refseg_jax.data import custom, open_source, rle, shapes, transforms
+from refseg_jax.data import custom, inspect, open_source, rle, shapes, transforms
 from refseg_jax.data.pipeline import TrainBatches
 from refseg_jax.data.records import ImageFile
 from refseg_jax.data.shards import PreparedSource
@@ -393,6 +393,19 @@ def test_folders_that_are_none(tmp_path):
     Image.new("RGB", (3, 3)).save(root / "images" / "a.png")
     with pytest.raises(UserError, match="both a.jpg and a.png"):
         custom.read_folder(root, name="mine")
+
+
+def test_images_of_a_folder_that_have_no_region_are_said(tmp_path, capsys):
+    root = make_folder(tmp_path / "photos", masks=("a", "c-left"))
+    arguments = "--root", str(root), "--out"
+    assert preparing.run("folder", *arguments, tmp_path / "out") == 0
+    assert "left out: 1 of the images, which have no region (b.jpg)" in capsys.readouterr().err
+    assert inspect.main(["folder", *arguments, str(tmp_path / "page.html")]) == 0
+    assert "left out: 1 of the images" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    (root / "images" / "b.jpg").unlink()
+    assert preparing.run("folder", *arguments, tmp_path / "out") == 0
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_own_photos_become_batches_of_the_documented_config(tmp_path, test_data):

@@ -201,6 +201,13 @@ def read_folder(
     return reader.splits(name, val_share, partial, root)
 
 
+def images_alone(root: str | os.PathLike[str], sources: Mapping[str, CustomSource]) -> list[str]:
+    """Names of a plain folder's images that no region of `sources`, all its splits, is in."""
+    used = {item.image.name for source in sources.values() for item in source._items.values()}
+    return [name for name in _by_key(pathlib.Path(root) / "images", _PICTURES).values()
+            if name not in used]  # fmt: skip
+
+
 class _Reader:
     """Collects regions and what is wrong with them."""
 

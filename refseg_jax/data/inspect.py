@@ -25,9 +25,9 @@ import numpy as np
 from tqdm import tqdm
 
 from refseg_jax import page, pictures
-from refseg_jax.data import checks, custom, load_tokenizer, sets, shapes
+from refseg_jax.data import checks, load_tokenizer, sets, shapes
 from refseg_jax.data.checks import Report
-from refseg_jax.data.prepare import add_kinds, built_splits, coco_sources, names
+from refseg_jax.data.prepare import add_kinds, built_splits, coco_sources, folder_splits, names
 from refseg_jax.data.records import Ref, Source
 from refseg_jax.data.refer import ReferFiles, ReferSource
 from refseg_jax.errors import UserError, command
@@ -90,7 +90,7 @@ def open_coco(args: argparse.Namespace, report: Report) -> dict[str, Source]:
 
 def open_folder(args: argparse.Namespace, report: Report) -> dict[str, Source]:
     """A plain folder of someone's own images, masks and expressions."""
-    return custom.read_folder(args.root, name=args.name, val_share=args.val_share, partial=True)
+    return folder_splits(args, partial=True)
 
 
 def open_prepared(args: argparse.Namespace, report: Report) -> dict[str, Source]:

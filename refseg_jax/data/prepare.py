@@ -127,11 +127,25 @@ def open_coco(args: argparse.Namespace) -> Plan:
     return _plan(args, args.name, "", sources, about)
 
 
+def folder_splits(args: argparse.Namespace, partial: bool) -> dict[str, custom.CustomSource]:
+    """The splits of `args` as `open_folder` takes them; says which images are in none.
+
+    Raises:
+      UserError: see `custom.read_folder`.
+    """
+    sources = custom.read_folder(
+        args.root, name=args.name, val_share=args.val_share, partial=partial
+    )
+    if alone := custom.images_alone(args.root, sources):
+        more = ", ..." * (len(alone) > _SKIPPED_SHOWN)
+        shown = ", ".join(alone[:_SKIPPED_SHOWN])
+        say(f"left out: {len(alone)} of the images, which have no region ({shown}{more})")
+    return sources
+
+
 def open_folder(args: argparse.Namespace) -> Plan:
     """A plain folder of someone's own images, masks and expressions."""
-    sources = custom.read_folder(
-        args.root, name=args.name, val_share=args.val_share, partial=args.partial
-    )
+    sources = folder_splits(args, args.partial)
     about = {
         "source": {"kind": "folder", "regions": _fingerprints(sources)},
         "licence": args.licence or _OWN_LICENCE,
