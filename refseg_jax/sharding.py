@@ -182,7 +182,7 @@ def state_sharding(
         if not any(re.search(pattern, path) for path in paths):
             raise UserError(
                 f"config.mesh.rules: ({pattern!r}, {axes}) places nothing: it is found in no path "
-                f"of the state, such as {next(path for path in paths if '/' in path)}"
+                f"of the state, such as {next((path for path in paths if '/' in path), '')}"
             )
     return shardings
 
