@@ -202,10 +202,10 @@ def read_folder(
 
 
 def images_alone(root: str | os.PathLike[str], sources: Mapping[str, CustomSource]) -> list[str]:
-    """Names of a plain folder's images that no region of `sources`, all its splits, is in."""
+    """Names of a plain folder's images that no region of `sources`, all its splits, is of."""
+    images = _by_key(pathlib.Path(root) / "images", _PICTURES).values()
     used = {item.image.name for source in sources.values() for item in source._items.values()}
-    return [name for name in _by_key(pathlib.Path(root) / "images", _PICTURES).values()
-            if name not in used]  # fmt: skip
+    return [name for name in images if name not in used]
 
 
 class _Reader:

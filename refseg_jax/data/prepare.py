@@ -128,7 +128,7 @@ def open_coco(args: argparse.Namespace) -> Plan:
 
 
 def folder_splits(args: argparse.Namespace, partial: bool) -> dict[str, custom.CustomSource]:
-    """The splits of `args` as `open_folder` takes them; says which images are in none.
+    """The splits of `args` as `open_folder` takes them; says which images no region is of.
 
     Raises:
       UserError: see `custom.read_folder`.
@@ -139,7 +139,7 @@ def folder_splits(args: argparse.Namespace, partial: bool) -> dict[str, custom.C
     if alone := custom.images_alone(args.root, sources):
         more = ", ..." * (len(alone) > _SKIPPED_SHOWN)
         shown = ", ".join(alone[:_SKIPPED_SHOWN])
-        say(f"left out: {len(alone)} of the images, which have no region ({shown}{more})")
+        say(f"images left out, without a usable region: {len(alone)} ({shown}{more})")
     return sources
 
 
