@@ -329,6 +329,15 @@ def test_a_plain_folder(tmp_path):
         np.testing.assert_array_equal(source.mask(ref), box(number, 2, number + 9, 12))
 
 
+def test_a_mask_is_of_the_image_of_the_longest_name(tmp_path):
+    root = make_folder(tmp_path / "photos", masks=("b_1", "b_2"))
+    shutil.copy(root / "images" / "b.jpg", root / "images" / "b_1.jpg")
+    sources = custom.read_folder(root, name="mine")
+    refs = [(source, source[i]) for source in sources.values() for i in range(len(source))]
+    names = {ref.ref_id: source.image_file(ref).name for source, ref in refs}
+    assert names == {1: "b_1.jpg", 2: "b.jpg"}
+
+
 def test_folders_inside_are_read_and_hidden_files_are_not(tmp_path):
     root = make_folder(tmp_path / "photos")
     for kind, name in (("images", "a.jpg"), ("masks", "a.png"), ("expressions", "a.txt")):

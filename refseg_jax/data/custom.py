@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -182,7 +183,7 @@ def read_folder(
         if stem not in texts:
             raise UserError(f"there is no {root / 'expressions' / stem}.txt")
         text = root / "expressions" / texts[stem]
-        owner = max((s for s in images if _owns(s, stem)), key=len, default=None)
+        owner = _owner(stem, images)
         if owner is None:
             kinds = ", ".join(_PICTURES)
             raise UserError(f"there is no image of that name in {root / 'images'} (of {kinds})")
@@ -420,8 +421,10 @@ def _by_key(folder: pathlib.Path, kinds: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _owns(image: str, mask: str) -> bool:
-    return mask == image or mask.startswith((f"{image}_", f"{image}-"))
+def _owner(mask: str, images: Collection[str]) -> str | None:
+    """The image that a mask is named after: of several the one of the longest name."""
+    ends = [len(mask), *(match.start() for match in re.finditer("[_-]", mask))]
+    return max((mask[:end] for end in ends if mask[:end] in images), key=len, default=None)
 
 
 def _size(path: pathlib.Path) -> tuple[int, int]:
