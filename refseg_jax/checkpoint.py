@@ -205,16 +205,9 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
     Raises:
       UserError: the run in `workdir` was trained on something else.
     """
-    path = epath.Path(workdir) / DATA_FILE
     if jax.process_index() > 0:
         return
-    if resumed and path.exists():
-        try:
-            known = json.loads(path.read_text())
-        except ValueError as e:
-            raise UserError(
-                f"{path} is not valid JSON ({e}): delete it, if the data is the same"
-            ) from None
+    if resumed and (known := trained_on(workdir)):
         if known != found:
             were, are = (f"{x['sentences']} sentences of {x['refs']} refs" for x in (known, found))
             raise UserError(
@@ -222,7 +215,22 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
                 f"{found['dataset']}, {are}): give another --workdir, or the same data to resume"
             )
     else:
-        write_whole(path, json.dumps(found) + "\n")
+        write_whole(epath.Path(workdir) / DATA_FILE, json.dumps(found) + "\n")
+
+
+def trained_on(workdir: str) -> dict[str, Any] | None:
+    """What the run in `workdir` is trained on, `data.identity`; None where that is not written.
+
+    Raises:
+      UserError: the file that says so is damaged.
+    """
+    path = epath.Path(workdir) / DATA_FILE
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as e:
+        raise UserError(
+            f"{path} is not valid JSON ({e}): delete it, if the data is the same"
+        ) from None
 
 
 def saved_steps(workdir: str, kind: str = "*") -> list[int]:

@@ -172,12 +172,37 @@ def fit_tokenizer(config: ml_collections.ConfigDict, source: str) -> Tokenizer:
     return tokenizer
 
 
+def other_data(
+    trained: ml_collections.ConfigDict, config: ml_collections.ConfigDict, workdir: str
+) -> str:
+    """What files about `config`'s data are named with in the run of `trained`: of its own, "".
+
+    Else "-" and the dataset, or, where both are called the same ("prepared"), its folder. Data
+    that was moved is still the run's own.
+    """
+    own, scored = (
+        (set_name(c.data.dataset, c.data.split_by), *c.data.get("merged", ()))
+        for c in (trained, config)
+    )
+    if scored != own:
+        return f"-{scored[0]}"
+    was, root = (str(c.data.root).rstrip("/") for c in (trained, config))
+    known = checkpoint.trained_on(workdir)
+    if root == was or known is None:
+        return ""
+    try:
+        found = data.identity(data.open_source(config.data, trained.data.train_split))
+    except UserError:  # There is nothing to train on.
+        found = None
+    return "" if found == known else f"-{pathlib.PurePath(root).name}"
+
+
 def evaluate_run(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
 ) -> dict[str, Any]:
     """Scores the best checkpoint on every evaluation split; writes the table, JSON and report.
 
-    Of another dataset than the run's own the files have its name in theirs.
+    Of other data than the run's own the files have its name in theirs (`other_data`).
 
     Returns what the summary says of it: best_step, {split}/mIoU and {split}/oIoU of each split,
     {split}/mIoU_shuffled of select_split and val (the control: the same model, each image given
@@ -190,11 +215,7 @@ def evaluate_run(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     step = checkpoint.best_step(workdir)
     trained, model, variables = load_run(workdir, replicated(mesh))
-    own, scored = (
-        (set_name(c.data.dataset, c.data.split_by), *c.data.get("merged", ()))
-        for c in (trained, config)
-    )
-    of_which = "" if scored == own else f"-{scored[0]}"
+    of_which = other_data(trained, config, workdir)
     predict_fn = make_predict_step(model, batch_sharding(mesh))
 
     select = config.data.select_split

@@ -221,6 +221,33 @@ def test_other_data_is_not_taken_for_the_runs_own(tmp_path):
         checkpoint.check_data(workdir, other, resumed=True)
 
 
+def test_scores_on_other_data_of_the_same_name_do_not_replace_the_runs_own(tmp_path):
+    raw = preparing.write_shapes(tmp_path / "raw")
+    args = ("refer", "--root", raw, "--dataset", "shapes")
+    mine, moved, other = (str(tmp_path / name) for name in ("mine", "moved", "other"))
+    for out in (mine, moved):
+        assert preparing.run(*args, "--out", out) == 0
+    assert preparing.run(*args, "--out", other, "--splits", "val") == 0
+
+    trained = tiny.config()
+    trained.data.update(dataset="prepared", split_by="", root=mine)
+    workdir = str(tmp_path)
+
+    def named(root, **changes):
+        config = trained.copy_and_resolve_references()
+        config.data.update(root=root, **changes)
+        return run.other_data(trained, config, workdir)
+
+    assert named(other) == ""  # A run of an older version does not know.
+    found = data.identity(data.open_source(trained.data, "train"))
+    checkpoint.check_data(workdir, found, resumed=False)
+    assert named(mine) == named(f"{mine}/") == named(moved) == ""
+    assert named(other) == named(f"{other}/") == "-other"
+    assert named(str(raw), dataset="shapes", split_by="unc") == "-shapes_unc"
+    trained.data.train_split = "val"  # Other data than was written down.
+    assert named(moved) == "-moved"
+
+
 def test_without_a_control_the_scores_are_there(tmp_path, monkeypatch, capsys):
     """A validation split of one ref has no other whose expressions it could be given."""
 
