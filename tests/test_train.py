@@ -58,10 +58,15 @@ def losses_on(path, data, fsdp):
     return take_steps(trainer, 5)[0]
 
 
-def test_fsdp_agrees_with_one_device(tmp_path):
-    one, eight = (losses_on(tmp_path / str(data), data, fsdp) for data, fsdp in ((1, 1), (2, 4)))
-    assert np.ptp(one) > 1e-3  # It moves at all.
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses of five steps on one device."""
+    return losses_on(tmp_path_factory.mktemp("alone"), 1, 1)
+
+
+def test_fsdp_agrees_with_one_device(tmp_path, alone):
+    assert np.ptp(alone) > 1e-3  # It moves at all.
+    np.testing.assert_allclose(losses_on(tmp_path, 2, 4), alone, rtol=1e-5)
 
 
 def test_data_parallel_agrees_with_one_device(tmp_path, toy):
@@ -70,7 +75,7 @@ def test_data_parallel_agrees_with_one_device(tmp_path, toy):
     np.testing.assert_allclose(four, one, rtol=1e-5)
 
 
-def test_a_step_gathers_what_data_parallel_devices_share(tmp_path):
+def test_a_step_gathers_what_data_parallel_devices_share(tmp_path, toy):
     trainer = make_trainer(tmp_path, mesh__data=4, mesh__fsdp=1, mesh__min_fsdp_size=64)
     params = jax.tree.leaves(trainer.state.params)
     assert not all(x.sharding.is_fully_replicated for x in params)
@@ -109,7 +114,7 @@ def test_accumulation_changes_memory_not_the_gradient(tmp_path, monkeypatch, dev
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_averaged_parameters_follow_and_are_what_is_evaluated(tmp_path):
+def test_averaged_parameters_follow_and_are_what_is_evaluated(tmp_path, toy):
     trainer = make_trainer(tmp_path)
     before = leaves(trainer.state.params)
     _, state = take_steps(trainer, 1)
@@ -118,13 +123,12 @@ def test_averaged_parameters_follow_and_are_what_is_evaluated(tmp_path):
     assert state.variables()["params"] is state.ema
 
 
-def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(tmp_path):
-    exact, _ = take_steps(make_trainer(tmp_path / "f32"), 1)
-    trainer = make_trainer(tmp_path / "bf16", model__dtype="bfloat16")
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(tmp_path, alone):
+    trainer = make_trainer(tmp_path, model__dtype="bfloat16")
     close, state = take_steps(trainer, 1)
-    assert close != exact
+    assert close != alone[:1]
     # bfloat16 has 8 bits of mantissa; the loss averages over thousands of pixels.
-    np.testing.assert_allclose(close, exact, rtol=2e-2)
+    np.testing.assert_allclose(close, alone[:1], rtol=2e-2)
     assert {x.dtype.name for x in leaves(state.params)} == {"float32"}
 
     # A batch of expressions that fit nothing, in the same program: another would take its time.
