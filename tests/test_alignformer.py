@@ -13,6 +13,7 @@ from refseg_jax.errors import UserError
 from refseg_jax.models.alignformer import VLBA
 from refseg_jax.train_state import init_variables
 from tests import tiny
+from tests.equations import apply, draw, init
 
 RNG = np.random.default_rng(0)
 
@@ -85,8 +86,8 @@ def test_vlba_is_eq_1_to_7(update_language):
 def test_logits_at_a_quarter_for_any_size_and_padding_words_are_not_read():
     model = build()
     image, tokens, token_mask = inputs(50, 70)
-    variables = model.init(jax.random.key(0), image, tokens, token_mask)
-    outputs = model.apply(variables, image, tokens, token_mask)
+    variables = init(model, image, tokens, token_mask)
+    outputs = apply(model, variables, image, tokens, token_mask)
     assert outputs["logits"].shape == (2, 13, 18) and outputs["logits"].dtype == jnp.float32
     assert outputs["pixel_embedding"].shape == (2, 13, 18, 16)
     assert model.config.prior == 0.05
@@ -94,17 +95,17 @@ def test_logits_at_a_quarter_for_any_size_and_padding_words_are_not_read():
     other = jnp.where(token_mask, tokens, 7)
     assert (other != tokens).any()
     np.testing.assert_allclose(
-        model.apply(variables, image, other, token_mask)["logits"], outputs["logits"], atol=1e-5
+        apply(model, variables, image, other, token_mask)["logits"], outputs["logits"], atol=1e-5
     )
     # And the words that are there are read.
-    changed = model.apply(variables, image, tokens.at[0, 1].add(1), token_mask)["logits"]
+    changed = apply(model, variables, image, tokens.at[0, 1].add(1), token_mask)["logits"]
     assert np.abs(changed[0] - outputs["logits"][0]).max() > 1e-4
     np.testing.assert_allclose(changed[1], outputs["logits"][1], atol=1e-5)
 
 
 def test_a_tpu_computes_the_same(like_a_tpu):
     model, arguments = build(), inputs(50, 70)
-    variables = model.init(jax.random.key(0), *arguments)
+    variables = draw(model, *arguments)
 
     def loss(params):
         return jnp.mean(model.apply(variables | {"params": params}, *arguments)["logits"] ** 2)
@@ -128,8 +129,8 @@ def test_logits_are_products_of_the_embeddings_as_printed(lateral):
     assert config.prior == 0 and not config.lateral and not config.swin.positions
     model = build(model__prior=0.0, model__lateral=lateral)
     image, tokens, token_mask = inputs(50, 70)
-    variables = model.init(jax.random.key(0), image, tokens, token_mask)
-    outputs = model.apply(variables, image, tokens, token_mask)
+    variables = draw(model, image, tokens, token_mask)
+    outputs = apply(model, variables, image, tokens, token_mask)
     pixels = np.asarray(outputs["pixel_embedding"][0].reshape(-1, 16), np.float64)
     logits = np.asarray(outputs["logits"][0]).ravel()
     centre, *_ = np.linalg.lstsq(pixels, logits, rcond=None)
@@ -137,7 +138,7 @@ def test_logits_are_products_of_the_embeddings_as_printed(lateral):
     if lateral:  # It is read.
         decoder = variables["params"]["pixel_decoder"]
         decoder["lateral"] = jax.tree.map(lambda x: -x, decoder["lateral"])
-        other = model.apply(variables, image, tokens, token_mask)["pixel_embedding"]
+        other = apply(model, variables, image, tokens, token_mask)["pixel_embedding"]
         assert np.abs(other - outputs["pixel_embedding"]).max() > 0.1
 
 
@@ -153,13 +154,13 @@ def test_logits_are_products_of_the_embeddings_as_printed(lateral):
 def test_variants_of_tables_2_to_4(variant, gone):
     model = build(variant)
     image, tokens, token_mask = inputs()
-    variables = model.init(jax.random.key(0), image, tokens, token_mask)
+    variables = draw(model, image, tokens, token_mask)
     params = variables["params"]
     assert gone is None or gone not in params
     assert ("language_fusion" in params.get("fusions_0", {})) == (
         variant not in ("vlua", "no_fusion")
     )
-    outputs = model.apply(variables, image, tokens, token_mask, train=True)
+    outputs = apply(model, variables, image, tokens, token_mask, train=True)
     mask = jnp.zeros((2, 64, 64), bool).at[:, 10:40, 20:50].set(True)
     loss, scalars = model.loss(outputs, mask, jnp.ones(2, bool), jax.random.key(1))
     assert np.isfinite(loss) and loss > 0
@@ -169,8 +170,8 @@ def test_variants_of_tables_2_to_4(variant, gone):
 def test_invalid_rows_do_not_count():
     model = build()
     image, tokens, token_mask = inputs()
-    variables = model.init(jax.random.key(0), image, tokens, token_mask)
-    outputs = model.apply(variables, image, tokens, token_mask)
+    variables = draw(model, image, tokens, token_mask)
+    outputs = apply(model, variables, image, tokens, token_mask)
     mask = jnp.zeros((2, 64, 64), bool).at[0, 10:40, 20:50].set(True)
     valid = jnp.array([True, False])
     loss, _ = model.loss(outputs, mask, valid, jax.random.key(1))

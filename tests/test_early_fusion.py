@@ -22,6 +22,7 @@ from refseg_jax.optim import assign_groups, make_optimizer
 from refseg_jax.train import train_step
 from refseg_jax.train_state import init_state, init_variables
 from refseg_jax.weights.released import crossvlt_from_released
+from tests.equations import draw
 
 CONFIGS = {"crossvlt": crossvlt, "lavt": lavt}
 
@@ -71,7 +72,7 @@ def test_words_and_the_stages_of_a_resnet_attend_to_each_other():
     tokens = jnp.asarray(rng.integers(1, 100, (2, 6)))
     token_mask = np.arange(6) < np.array([[6], [4]])
     mask = rng.random((2, 90, 64)) < 0.3
-    variables = jax.jit(model.init)(jax.random.key(0), image, tokens, token_mask)
+    variables = draw(model, image, tokens, token_mask)
     assert "swin" not in variables["params"]
 
     @jax.jit
@@ -254,7 +255,7 @@ def test_pixels_ask_words_as_defined():
     language = jnp.asarray(rng.normal(size=(B, T, D)))
     token_mask = np.arange(T) < np.array([[7], [4], [2]])
     module = PixelWordAttention(dim, heads, scale=0.7)
-    params = module.init(jax.random.key(0), vision, language, token_mask)["params"]
+    params = draw(module, vision, language, token_mask)["params"]
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
 
     def defined(params, vision):
@@ -276,6 +277,7 @@ def test_pixels_ask_words_as_defined():
 
     cotangent = rng.normal(size=vision.shape)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def results(function):
         y, pull_back = jax.vjp(function, params, vision)
         return y, *pull_back(cotangent)
