@@ -16,6 +16,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
 
+from refseg_jax import processes
 from refseg_jax.data.files import write_whole
 from refseg_jax.errors import UserError
 from refseg_jax.sharding import path_name
@@ -73,13 +74,29 @@ class Checkpoints:
         return True
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, for processes that stop and fail as `stopping` and `processes` have it."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Not asked here: JAX takes who asks to be at that step, and the loop counts otherwise."""
+        return False
+
+    def _wait_for_checkpointers(self):
+        # In a thread of a process that would now wait for the others, and they for it.
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as e:
+            processes.report(_not_saved(self, e))
+            raise
+
+
 def _manager(workdir: str, name: str, **options: Any) -> ocp.CheckpointManager:
     root = epath.Path(workdir)
     if "://" not in str(workdir):
         root = root.absolute()
     if name == "best":
         options |= dict(best_fn=lambda metrics: metrics["score"], best_mode="max")
-    return ocp.CheckpointManager(
+    return _Manager(
         root / "checkpoints" / name,
         options=ocp.CheckpointManagerOptions(**options),
         item_handlers=ocp.StandardCheckpointHandler(),
@@ -94,10 +111,15 @@ def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
     except (OSError, ValueError) as e:
         if isinstance(e, ValueError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        raise UserError(
-            f"cannot save a checkpoint to {manager.directory}: {str(e).splitlines()[0]} (those "
-            "that were saved before are whole: mend it and run the same command again)"
-        ) from e
+        raise UserError(_not_saved(manager, e)) from e
+
+
+def _not_saved(manager: ocp.CheckpointManager, error: Exception) -> str:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return (
+        f"cannot save a checkpoint to {manager.directory}: {reason} (those that were saved before "
+        "are whole: mend it and run the same command again)"
+    )
 
 
 def _restore(manager: ocp.CheckpointManager, abstract: Any, step: int | None = None) -> Any | None:
@@ -176,11 +198,8 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values)
 
 
-def changed_fields(old: Any, new: Any, free: tuple[str, ...] = ()) -> list[str]:
-    """The fields of two configs that differ, as JSON sees them; the model's name first.
-
-    Left out are those that begin with one of `free`.
-    """
+def fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """All fields of a config by their names, as JSON has them."""
 
     def flatten(tree, prefix=""):
         if not isinstance(tree, dict):
@@ -189,7 +208,15 @@ def changed_fields(old: Any, new: Any, free: tuple[str, ...] = ()) -> list[str]:
             k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}{key}.").items()
         }
 
-    old, new = (flatten(json.loads(c.to_json_best_effort())) for c in (old, new))
+    return flatten(json.loads(config.to_json_best_effort()))
+
+
+def changed_fields(old: Any, new: Any, free: tuple[str, ...] = ()) -> list[str]:
+    """The fields of two configs that differ, as JSON sees them; the model's name first.
+
+    Left out are those that begin with one of `free`.
+    """
+    old, new = fields(old), fields(new)
     return [
         f"{name}: {old.get(name)} there, {new.get(name)} now"
         for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.name", name))
@@ -235,9 +262,9 @@ def trained_on(workdir: str) -> dict[str, Any] | None:
 
 def saved_steps(workdir: str, kind: str = "*") -> list[int]:
     """Steps of the run in `workdir` that have a checkpoint, "last" or "best" or of either kind."""
-    folders = (epath.Path(workdir) / "checkpoints").glob(f"{kind}/*")
-    # Not what a kill left half-written.
-    return [int(folder.name) for folder in folders if folder.name.isdigit()]
+    folders = (epath.Path(workdir) / "checkpoints").glob(kind)
+    # Not what a kill left half-written, which in a bucket has its name already.
+    return [step for folder in folders for step in ocp.utils.checkpoint_steps(folder)]
 
 
 def best_step(workdir: str) -> int:

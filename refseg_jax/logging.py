@@ -48,7 +48,10 @@ class MetricWriter:
         self._file = self._path.open("a") if "://" not in str(workdir) else None
         # What a killed run has written of later steps does not count.
         self._board = SummaryWriter(
-            str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1, flush_secs=10
+            str(epath.Path(workdir) / "tensorboard"),
+            purge_step=start_step + 1,
+            flush_secs=10,
+            max_queue=1000,  # Of a row, while its thread ends.
         )
         self._bar = tqdm(
             total=total_steps,
@@ -76,9 +79,12 @@ class MetricWriter:
         else:
             self._text += line
             self._path.write_text(self._text)
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
+        # A file that cannot be written ends the thread that does; a full queue would wait for it.
+        if self._board and not self._board.file_writer.event_writer._worker.is_alive():
+            self._lose_board()
+        if self._board:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, float(value), step)
         if "loss" in row:
             self._bar.set_postfix_str(
                 f"loss={row['loss']:.4f} {row['images_per_second']:.1f} images/s", refresh=False
@@ -89,9 +95,17 @@ class MetricWriter:
         if self.active:
             tqdm.write(text, file=sys.stderr)
 
+    def _lose_board(self) -> None:
+        self._board = None
+        self.say(f"TensorBoard's file cannot be written: {METRICS_FILE} has what follows")
+
     def close(self) -> None:
         if self.active:
             self._bar.close()
-            self._board.close()
+            try:
+                if self._board:
+                    self._board.close()
+            except Exception:  # Of a bucket, it may be any.
+                self._lose_board()
             if self._file:
                 self._file.close()

@@ -1,9 +1,11 @@
 """The process and its peers: start-up, and ending together."""
 
 import atexit
+import collections
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import pathlib
 import secrets
@@ -12,7 +14,8 @@ import socket
 import sys
 import threading
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -118,13 +121,26 @@ def _check_free(coordinator: str) -> None:
             raise UserError(f"--coordinator={coordinator}: port {port} cannot be had: {e}") from e
 
 
+_FAILED = "refseg_jax/failed"
+
+
+def report(message: str, status: int = 2) -> None:
+    """Has all processes, if there are several, end with `status` and `message`, this one named.
+
+    Any thread may say so; its own process ends within seconds, too.
+    """
+    state = distributed.global_state
+    if state.client:  # Else this is the only one, or has taken leave.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another failed first.
+            state.client.key_value_set(_FAILED, f"{status} process {state.process_id}: {message}")
+
+
 class Peers:
     """The other processes of the run: when one fails, all of them end, and say why.
 
     A process would otherwise wait in a collective for one that has gone.
     """
 
-    _KEY = "refseg_jax/failed"
     _GRACE = 5.0  # Seconds to fail of itself (most faults are everybody's), or to take leave.
 
     def __init__(self):
@@ -142,16 +158,14 @@ class Peers:
 
     def fail(self, message: str, status: int = 2) -> NoReturn:
         """Ends every process with `status` and `message`, the others naming this one as well."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another failed first.
-            name = f"process {distributed.global_state.process_id}"
-            self._client.key_value_set(self._KEY, f"{status} {name}: {message}")
+        report(message, status)
         self._leave(message, status)
 
     def _watch(self):
         while not self._over.wait(1.0):
             # Asked, not waited for: no thread may be inside JAX when Python ends.
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # Not there, so all is well.
-                status, _, message = self._client.key_value_try_get(self._KEY).partition(" ")
+                status, _, message = self._client.key_value_try_get(_FAILED).partition(" ")
                 if not self._over.wait(self._GRACE):
                     self._leave(message, int(status))
 
@@ -200,6 +214,41 @@ def wait_for_first() -> None:
             client.key_value_try_get(name)
             return
         time.sleep(0.2)
+
+
+def check_devices() -> None:
+    """Raises a UserError where the processes have not as many devices each; before they meet."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{n} in process {i}" for i, n in sorted(counts.items()))
+        raise UserError(
+            f"the processes have different numbers of devices ({listed}): give each as many, on "
+            "CPUs with config.mesh.cpu_devices, on GPUs with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def check_same(what: str, values: Callable[[], dict[str, Any]]) -> None:
+    """Raises a UserError where `values()`, as JSON, are not process 0's; call it on all of them.
+
+    One process alone asks for none.
+    """
+    if jax.process_count() == 1:
+        return
+    here = json.loads(json.dumps(values()))
+    client, name = distributed.global_state.client, f"refseg_jax/same {next(_meetings)}"
+    if jax.process_index() == 0:
+        client.key_value_set(name, json.dumps(here))
+    first = json.loads(client.blocking_key_value_get(name, 3_600_000))
+    differing = [
+        f"{key}: {first.get(key)} in process 0, {here.get(key)} in process {jax.process_index()}"
+        for key in sorted(first.keys() | here.keys())
+        if first.get(key) != here.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{what} must be the same for all processes, but is not ({'; '.join(differing[:8])})"
+        )
+    meet()
 
 
 def sees_the_same(folder: str) -> bool:

@@ -40,6 +40,10 @@ FREE_IN_EVALUATION = (
     "data.shapes_scenes.train", "data.tokenizer",
 )  # fmt: skip
 
+# What may differ between the processes of a run: where their machine has the data, and how it is
+# read.
+OWN_FIELDS = ("data.root", "data.workers", "data.threads")
+
 # Of how many examples of each case the report shows how the mask came about.
 EXPLAINED = {"best": 2, "middle": 2}
 
@@ -71,15 +75,32 @@ def _run(
         for section in ("train", "optim", "init"):  # The report shows what the run was made with.
             config[section] = trained[section]
         config.data.tokenizer = trained.data.tokenizer
+        _check_alike(config, tokenizer, workdir, mode)
         return _evaluate(config, tokenizer, workdir)
     with _sole(workdir):
         tokenizer = prepare(config, workdir)
+        _check_alike(config, tokenizer, workdir, mode)
         if mode == "both":  # A name that is wrong should not come out after training.
             data.open_sources(config.data, config.data.eval_splits)
         summary = train(config, tokenizer, workdir, begun)
         if mode == "both":
             summary |= _evaluate(config, tokenizer, workdir)
     return summary
+
+
+def _check_alike(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, mode: str
+) -> None:
+    """Raises a UserError where the processes are not parts of one run."""
+    processes.check_devices()
+    if not processes.sees_the_same(workdir):
+        raise UserError(
+            f"{workdir} is not the same folder for all processes: it must be on storage that all "
+            "of them share"
+        )
+    given = {"mode": mode, "tokenizer": tokenizer.digest(), **checkpoint.fields(config)}
+    given = {name: value for name, value in given.items() if name not in OWN_FIELDS}
+    processes.check_same("the config", lambda: given)
 
 
 def _evaluate(
@@ -220,6 +241,8 @@ def evaluate_run(
 
     select = config.data.select_split
     sources = data.open_sources(config.data, (select, *config.data.eval_splits))
+    for split, source in sources.items():
+        processes.check_same(f"the split {split}", lambda source=source: data.identity(source))
 
     def sweep(split, **kwargs):
         return evaluate.evaluate(

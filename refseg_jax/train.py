@@ -25,7 +25,7 @@ from refseg_jax.errors import UserError
 from refseg_jax.logging import MetricWriter, read_metrics
 from refseg_jax.optim import make_optimizer
 from refseg_jax.predict import make_predict_step
-from refseg_jax.processes import agree, meet, sees_the_same
+from refseg_jax.processes import agree, check_same, meet
 from refseg_jax.sharding import (
     batch_sharding,
     gatherer,
@@ -301,11 +301,6 @@ def train(
       UserError: the loss or the gradient is not finite (the last good checkpoint is kept), or
         something in config or data is wrong.
     """
-    if not sees_the_same(workdir):
-        raise UserError(
-            f"{workdir} is not the same folder for all processes: it must be on storage that all "
-            "of them share"
-        )
     with (
         StopRequest() as stop,  # Outermost, as leaving the checkpoints waits until they are saved.
         checkpoint.Checkpoints(workdir) as checkpoints,
@@ -319,7 +314,9 @@ def train(
         trainer = Trainer(config, tokenizer, checkpoints)
         start = stop.start = int(trainer.state.step)
         if config.data.dataset != "shapes":  # Which are what the config says.
-            checkpoint.check_data(workdir, data.identity(trainer.source), resumed=start > 0)
+            found = data.identity(trainer.source)
+            check_same("the training data", lambda: found)
+            checkpoint.check_data(workdir, found, resumed=start > 0)
         writer = MetricWriter(workdir, start, trainer.steps, active=jax.process_index() == 0)
         try:
             samples = trainer.steps * config.train.batch_size
@@ -361,6 +358,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     shared = trainer.mesh.size > trainer.mesh.shape["fsdp"] == 1
     gather = jax.jit(gather) if shared else lambda params: params
     select_source = data.open_source(config.data, config.data.select_split)
+    check_same(f"the split {select_source.split}", lambda: data.identity(select_source))
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.
 

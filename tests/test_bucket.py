@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import time
+from unittest import mock
 
 import fsspec
 import numpy as np
@@ -45,15 +47,16 @@ def test_a_run_begins_in_a_bucket_and_is_found_again(bucket):
     again = load_tokenizer(f"{bucket}/{checkpoint.TOKENIZER_FILE}")
     assert again.tokens("second circle") == tokenizer.tokens("second circle")
     assert not checkpoint.saved_steps(bucket)
-    (epath.Path(bucket) / "checkpoints" / "last" / "5").mkdir(parents=True)
-    assert checkpoint.saved_steps(bucket)
+    folder = epath.Path(bucket) / "checkpoints" / "last" / "5"
+    (folder / "item").mkdir(parents=True)
+    assert not checkpoint.saved_steps(bucket)  # A kill left it so.
+    (folder / "commit_success.txt").write_text("")
+    assert checkpoint.saved_steps(bucket) == [5]
 
 
 def test_checkpoints_of_a_bucket_go_there(bucket, monkeypatch):
     folders = []
-    monkeypatch.setattr(
-        checkpoint.ocp, "CheckpointManager", lambda folder, **_: folders.append(str(folder))
-    )
+    monkeypatch.setattr(checkpoint, "_Manager", lambda folder, **_: folders.append(str(folder)))
     checkpoint.Checkpoints(bucket)
     assert folders == [f"{bucket}/checkpoints/last", f"{bucket}/checkpoints/best"]
 
@@ -92,8 +95,8 @@ def test_weights_are_read_from_a_bucket(bucket):
 @pytest.mark.parametrize("remote", [False, True])
 def test_metrics_are_there_after_every_row(bucket, remote, tmp_path, monkeypatch):
     workdir = bucket if remote else str(tmp_path)
-    board = type("Board", (), {"add_scalar": lambda *_: None, "close": lambda _: None})
-    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path, **_: board())
+    board = mock.Mock()  # Its own library writes to a bucket.
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path, **_: board)
     writer = logging.MetricWriter(workdir, 0, 4)
     for step in (1, 2, 3):
         writer.write(step, {"loss": step / 2, "images_per_second": 1.0})
@@ -103,3 +106,27 @@ def test_metrics_are_there_after_every_row(bucket, remote, tmp_path, monkeypatch
     writer.write(4, {"loss": 0.1, "images_per_second": 1.0})
     writer.close()
     assert [row["step"] for row in logging.read_metrics(workdir)] == [1, 2, 4]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("early", [True, False])
+def test_a_board_that_cannot_be_written_does_not_hold_the_run_up(
+    early, tmp_path, monkeypatch, capsys
+):
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.flush", full)
+    writer = logging.MetricWriter(str(tmp_path), 0, 100)
+    worker = writer._board.file_writer.event_writer._worker
+    if not early:  # Nothing is written before the end.
+        worker._next_flush_time = time.time() + 60
+    scalars = {"images_per_second": 1.0, **{f"loss{i}": 1.0 for i in range(12)}}
+    writer.write(1, {"loss": 1.0, **scalars})
+    if early:
+        worker.join()
+    for step in range(2, 9):
+        writer.write(step, {"loss": 1.0, **scalars})
+    writer.close()
+    assert capsys.readouterr().err.count("TensorBoard's file cannot be written") == 1
+    assert [row["step"] for row in logging.read_metrics(str(tmp_path))] == list(range(1, 9))

@@ -4,6 +4,7 @@ Run as a program, this file is one of the processes: the front door, with a mode
 second, a record of the rows that are read, and, if asked for, slow or with a fault.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -312,6 +314,39 @@ def test_an_error_in_one_process_ends_all_with_one_line(groups):
         assert line.endswith("this process is told to fail")
         assert line.startswith("error: process 1: ") == (i == 0)
         assert "Traceback" not in groups["faulty"].text(i, "stderr")
+
+
+def test_processes_that_differ_are_told(monkeypatch):
+    stored = {}
+    client = types.SimpleNamespace(
+        key_value_set=stored.__setitem__,
+        blocking_key_value_get=lambda name, _: stored[name],
+        wait_at_barrier=lambda *_: None,
+    )
+    monkeypatch.setattr(processes.distributed.global_state, "client", client)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def as_process(i, values):
+        monkeypatch.setattr(jax, "process_index", lambda: i)
+        monkeypatch.setattr(processes, "_meetings", itertools.count())
+        processes.check_same("the config", lambda: values)
+
+    ours = {"seed": 0, "eval_splits": ("val",), "far": float("inf")}
+    as_process(0, ours)
+    as_process(1, ours)
+    with pytest.raises(UserError) as error:
+        as_process(1, {**ours, "seed": 5, "new": None})
+    assert str(error.value) == (
+        "the config must be the same for all processes, but is not (seed: 0 in process 0, 5 in "
+        "process 1)"
+    )
+
+    devices = [types.SimpleNamespace(process_index=i) for i in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(UserError, match="2 in process 0, 1 in process 1"):
+        processes.check_devices()
+    devices.pop()
+    processes.check_devices()
 
 
 def test_a_port_that_is_taken_is_an_error():

@@ -1,5 +1,6 @@
 """What surrounds training: bounds of the config, the run's directory, and its data."""
 
+import errno
 import functools
 import importlib
 import json
@@ -13,10 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from refseg_jax import bounds, checkpoint, data, details, models, run
+from refseg_jax import bounds, checkpoint, data, details, models, processes, run
 from refseg_jax.data.files import locked
 from refseg_jax.data.shapes import ShapesSource
 from refseg_jax.errors import UserError
+from refseg_jax.train_state import TrainState
 from tests import preparing, tiny
 
 
@@ -187,6 +189,10 @@ def test_a_workdir_that_cannot_be_is_one_line(tmp_path):
             run.run(tiny.config(), str(workdir), "train")
 
 
+def state_at(step):
+    return TrainState(jnp.int32(step), {"x": jnp.zeros(1)}, {}, (), None, jax.random.key(0))
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: no space left\nmore")
@@ -195,6 +201,41 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         monkeypatch.setattr(ocp.CheckpointManager, "save", full)
         with pytest.raises(UserError, match="checkpoints/best: RESOURCE_EXHAUSTED: no space left"):
             checkpoints.save_best(1, {"x": jnp.zeros(1)}, 0.5)
+
+
+def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path, monkeypatch):
+    class Full:
+        def result(self, timeout=None):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def begin_to_save(*_, **__):
+        return [Full()]
+
+    told = []
+    monkeypatch.setattr(processes, "report", told.append)
+    with (
+        pytest.raises(UserError, match="checkpoints/last: .*No space left on device"),
+        checkpoint.Checkpoints(str(tmp_path)) as checkpoints,
+    ):
+        monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", begin_to_save)
+        checkpoints.save_last(state_at(1))
+        checkpoints.save_best(1, {"x": jnp.zeros(1)}, 0.5)
+    (message,) = told
+    assert message.startswith(f"cannot save a checkpoint to {tmp_path}/checkpoints/last: ")
+
+
+def test_checkpoints_do_not_ask_whether_to_stop(tmp_path, monkeypatch):
+    """JAX takes the number of the step that is asked about for where this process is."""
+
+    def asked(step):
+        raise AssertionError(f"asked at {step}")
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", asked)
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save_last(state_at(step))
+            assert checkpoints.save_best(step, {"x": jnp.zeros(1)}, step / 10)
+    assert sorted(checkpoint.saved_steps(str(tmp_path))) == [2, 2]
 
 
 def test_other_data_is_not_taken_for_the_runs_own(tmp_path):

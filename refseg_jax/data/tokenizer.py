@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -81,6 +82,10 @@ class Tokenizer:
         encoding, unknown_id = self._encode(text), self._backend.token_to_id(_UNK)
         places = list(zip(encoding.ids, encoding.offsets, strict=True))[: max_tokens - 1]
         return tuple(dict.fromkeys(text[slice(*place)] for i, place in places if i == unknown_id))
+
+    def digest(self) -> str:
+        """A hash of all that it does."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes one JSON file; `path` is the file, or a folder in which it gets `FILE_NAME`."""
