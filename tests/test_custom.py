@@ -82,6 +82,11 @@ def test_every_kind_of_region(photos):
     points = {"image": "c.png", "polygon": [[2, 2], [12, 2], [12, 12], [2, 12]]}
     (source,) = read(photos, [points | {"sentences": ["points"], "split": "train"}]).values()
     np.testing.assert_array_equal(source.mask(source[0]), box(2, 2, 12, 12))
+    far = [[20, 0], [25, 0], [25, 5], [20, 5]]
+    for rings, expected in (([far], box(20, 0, 25, 5)), ([far, SQUARE], None)):
+        (source,) = read(photos, [points | {"polygon": rings, "sentences": ["x"]}]).values()
+        expected = box(20, 0, 25, 5) | box(2, 2, 12, 12) if expected is None else expected
+        np.testing.assert_array_equal(source.mask(source[0]), expected)
     entry = {"image": "c.png", "mask": {"size": [HEIGHT, WIDTH], "counts": counts}}
     sources = read(photos, [*ENTRIES, entry | {"sentences": ["code"]}])
     assert {s: len(source) for s, source in sources.items()} == {"train": 5, "val": 2}
@@ -391,6 +396,16 @@ def test_a_folder_with_something_missing(tmp_path, spoil, message):
         custom.read_folder(root, name="mine")
     sources = custom.read_folder(root, name="mine", partial=True)
     assert sum(len(source) for source in sources.values()) == 3
+
+
+def test_a_mask_of_another_size_is_named(tmp_path, capsys):
+    root = make_folder(tmp_path / "photos")
+    Image.new("L", (9, 9), 255).save(root / "masks" / "b_2.png")
+    assert preparing.run("folder", "--root", root, "--out", tmp_path / "o", "--workers", 1) == 2
+    assert "region 'b_2': b.jpg is 20 x 30 " in capsys.readouterr().err
+    assert inspect.main(["folder", "--root", str(root), "--out", str(tmp_path / "i.html")]) == 0
+    said = capsys.readouterr().out
+    assert "ref 3 (region 'b_2'): " in said and "b.jpg is 20 x 30 " in said
 
 
 def test_folders_that_are_none(tmp_path):

@@ -379,7 +379,14 @@ def test_generated_lines_and_the_direct_way_prepare_the_same(tmp_path, capsys):
 
 def test_faults_of_the_user_are_one_line(tmp_path, capsys):
     empty = save(tmp_path / "empty.json", dataset([]))
+    odd = dataset([("dog", 0, 0, 9, 9)] * 3)
+    odd["annotations"][0]["category_id"] = [1]
+    odd["annotations"][1]["image_id"] = 5
+    odd["annotations"][2]["segmentation"] = None
+    odd = save(tmp_path / "odd.json", odd)
+    counts = "3 annotations, 1 of images that are not listed, 0 crowds, 1 without a region, 1 w"
     cases = [
+        (odd, tmp_path / "o", f"none of the 1 images .*{counts}"),
         (tmp_path / "none.json", tmp_path / "o", "cannot read .*none.json"),
         (empty, tmp_path / "o", "none of the 1 images has an object"),
         (photos(tmp_path), tmp_path / "no" / "o", "cannot write .*no/o"),

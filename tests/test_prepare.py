@@ -184,6 +184,21 @@ def test_folders_that_cannot_be_written_to(raw, tmp_path, capsys):
     assert preparing.contents(tmp_path / "mine") == {"letter.txt": b"dear"}
 
 
+def test_what_is_finished_without_a_part_stays_so(tmp_path, capsys):
+    raw, out = preparing.write_shapes(tmp_path / "raw"), tmp_path / "out"
+    image = next((raw / "images").rglob("*_1000001.png"))
+    whole = image.read_bytes()
+    image.write_bytes(whole[:99])
+    assert prepare_shapes(raw, out, "--partial") == 0
+    before = preparing.contents(out)
+    assert prepare_shapes(raw, out) == 2
+    assert "3 refs cannot be prepared: " in capsys.readouterr().err
+    assert preparing.contents(out) == before
+    image.write_bytes(whole)
+    assert prepare_shapes(raw, out) == 0
+    assert preparing.manifest(out)["splits"]["train"]["refs"] == 12
+
+
 def test_counts_are_asserted_and_differences_listed(raw, tmp_path, capsys, monkeypatch):
     known = {"train": (12, 4, 36), "val": (6, 2, None), "testA": (5, 5, 5)}
     monkeypatch.setitem(refer.KNOWN_COUNTS, ("shapes", "unc"), known)
@@ -400,6 +415,8 @@ def test_missing_data_is_one_line(tmp_path, capsys, arguments, message):
         ["refer", "--root", "x", "--out", "y", "--workers", "0"],
         ["refer", "--root", "x", "--out", "y", "--text_field", "none"],
         ["folder", "--root", "x", "--out", "y", "--val_share", "1"],
+        ["folder", "--root", "x", "--out", "gs://bucket/y"],
+        ["refer", "--root", "gs://bucket/x", "--out", "y"],
     ],
 )
 def test_bad_flags_exit_with_status_2(capsys, arguments):

@@ -110,6 +110,12 @@ def test_raw_and_prepared_sets_merge_alike(root, prepared, tmp_path):
     dropped = manifest["source"]["dropped"]
     assert dropped["a_unc"] == {"images": 2, "refs": 6, "sentences": 18}
 
+    # It is found beside other sets, and is not taken for another one.
+    preparing.assert_same_source(sets.open_merged(str(tmp_path), SETS[::-1], "train"), raw)
+    for place in (out, tmp_path):
+        with pytest.raises(UserError, match=r"holds the merged set of a_unc, .*, not of a_unc: "):
+            sets.open_merged(str(place), SETS[:1], "train")
+
 
 def test_configs_open_merged_sets(root, prepared):
     config = tiny.config("merged").data

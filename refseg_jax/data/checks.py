@@ -56,9 +56,10 @@ def look(
     objects, last = collections.defaultdict(set), None
     for ref in sorted(refs(source), key=lambda ref: ref.image_id):
         where = f"{split}: ref {ref.ref_id}"
-        if ref.image_id != last:  # Every image is decoded once.
-            last = ref.image_id
-            _try(report, IMAGE, where, source.image, ref)
+        if (image := _picture(source, ref)) != last:  # Every image is decoded once.
+            last = image
+            origin = source.origin(ref) if hasattr(source, "origin") else ""
+            _try(report, IMAGE, f"{where} ({origin})" if origin else where, source.image, ref)
         mask = _try(report, MASK, where, source.mask, ref)
         if mask is not None and ref.ann_ids:
             values["mask_share"].append(mask.mean())
@@ -92,6 +93,12 @@ def look(
         "vocabulary": len(words),
         **{name: _spread(numbers) for name, numbers in values.items()},
     }
+
+
+def _picture(source: Source, ref: Ref) -> Any:
+    """Equal for two refs in whose image the same is to be found."""
+    file = source.image_file(ref) if hasattr(source, "image_file") else None
+    return ref.image_id, file
 
 
 def refs(source: Source) -> list[Ref]:

@@ -83,6 +83,9 @@ class CustomSource(RefList):
         """The file's contents. UserError: it is gone."""
         return read_bytes(self._folder / self.image_file(ref).name)
 
+    def origin(self, ref: Ref) -> str:
+        return self._items[ref.ref_id].where
+
     def image_place(self, ref: Ref) -> str:
         return str(self._folder / self.image_file(ref).name)
 
@@ -283,12 +286,16 @@ class _Reader:
         elif given == ["mask"] and isinstance(value, str):
             region = _inside(self._masks, value, "mask")
         else:
-            if isinstance(value, list) and all(
-                isinstance(part, list) and len(part) == 2 for part in value
+            if _are_points(value) or not (
+                isinstance(value, list) and any(isinstance(part, list) for part in value)
             ):
-                value = [number for point in value for number in point]
-            flat = isinstance(value, list) and not any(isinstance(part, list) for part in value)
-            region = rle.drawable([value] if flat else value)
+                value = [value]
+            region = rle.drawable(
+                [
+                    [number for point in part for number in point] if _are_points(part) else part
+                    for part in value
+                ]
+            )
         if ann_ids and not region:
             raise UserError(f"its {given[0]} encloses nothing")
         image = self._file(entry["image"], region if isinstance(region, pathlib.Path) else None)
@@ -358,6 +365,13 @@ class _Reader:
             if isinstance(category, int) and category in self._coco["categories"]:
                 names.add(self._coco["categories"][category]["name"])
         return parts, names.pop() if len(names) == 1 else ""
+
+
+def _are_points(value: Any) -> bool:
+    """Whether it is a polygon of points [x, y]."""
+    return isinstance(value, list) and all(
+        isinstance(point, list) and len(point) == 2 for point in value
+    )
 
 
 def _are_shares(region: list, image: ImageFile) -> bool:

@@ -287,7 +287,8 @@ class Generator:
         record = self._tables["images"][image_id]
         regions, crowds = [], set()
         for annotation in sorted(self._of_image[image_id], key=lambda a: a["id"]):
-            category = self._tables["categories"].get(annotation.get("category_id"), {"name": ""})
+            known, category = self._tables["categories"], annotation.get("category_id")
+            category = known.get(category if isinstance(category, int) else None, {"name": ""})
             noun = self.vocabulary.nouns.get(category["name"], "")
             if annotation.get("iscrowd") or annotation.get("ignore"):
                 crowds.add(noun)
@@ -324,9 +325,18 @@ class Generator:
         images = self._tables["images"]
         found = {i: described for i in sorted(images) if (described := self.describe(i))}
         if not found:
+            elsewhere = sum(len(of) for i, of in self._of_image.items() if i not in images)
+            why = {
+                "annotations": len(self._tables["annotations"]),
+                "of images that are not listed": elsewhere,
+                "crowds": self.counts["crowds"],
+                "without a region": self.counts["without_region"],
+                "without a category that has a noun": self.counts["without_noun"],
+            }
             raise UserError(
-                f"none of the {len(images)} images has an object that can be told from the others "
-                "(are there large ones? see --min_area)"
+                f"none of the {len(images)} images has an object of {self._min_area:.1%} of it or "
+                "more that can be told from the others "
+                f"({', '.join(f'{count} {name}' for name, count in why.items())})"
             )
         uses = collections.Counter(record["file_name"] for record in images.values())
         splits = {images[i]["file_name"]: "train" for i in found}

@@ -258,6 +258,18 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _local(text: str) -> str:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not on this machine, as it has to be: copy from there, or there afterwards"
+        )
+    return text
+
+
+def _out(text: str) -> pathlib.Path:
+    return pathlib.Path(_local(text))
+
+
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
@@ -279,8 +291,11 @@ def add_kinds(
     open_folder: Callable,
 ) -> None:
     """Adds the options of the kinds of data; `kind(name, function)` makes a parser of one."""
+    local = dict(type=_local)
     sub = kind("refer", open_refer)
-    sub.add_argument("--root", required=True, help="folder with images/ and the dataset's own")
+    sub.add_argument(
+        "--root", required=True, help="folder with images/ and the dataset's own", **local
+    )
     sub.add_argument("--dataset", default="refcoco", help="its folder, e.g. refcoco+ or refclef")
     sub.add_argument("--split_by", default="unc", help="unc, umd, google or berkeley")
     sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
@@ -290,15 +305,17 @@ def add_kinds(
     sub.add_argument("--sets", type=names, default=MERGED_SETS, help="e.g. refcoco_unc,photos")
     _add_text_field(sub)
     sub = kind("tfds", open_tfds)
-    sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0")
+    sub.add_argument("--root", required=True, help="the built version's folder, .../1.1.0", **local)
     sub.add_argument("--splits", type=names, help="e.g. train,val (default: all)")
     sub = kind("coco", open_coco)
-    sub.add_argument("--images", required=True, help="folder with the images")
-    sub.add_argument("--expressions", help="JSON lines, see docs/data.md (default: generated ones)")
-    sub.add_argument("--instances", help="COCO file that ann_id refers to")
+    sub.add_argument("--images", required=True, help="folder with the images", **local)
+    sub.add_argument(
+        "--expressions", help="JSON lines, see docs/data.md (default: generated ones)", **local
+    )
+    sub.add_argument("--instances", help="COCO file that ann_id refers to", **local)
     _add_own(sub)
     sub = kind("folder", open_folder)
-    sub.add_argument("--root", required=True, help="has images/, masks/, expressions/")
+    sub.add_argument("--root", required=True, help="has images/, masks/, expressions/", **local)
     _add_own(sub)
 
 
@@ -326,7 +343,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     def kind(name, function):
         sub = kinds.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(open=function)
-        sub.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to")
+        sub.add_argument("--out", required=True, type=_out, help="folder to write to")
         sub.add_argument(
             "--workers", type=_positive, default=os.cpu_count(), help="processes (default: cores)"
         )

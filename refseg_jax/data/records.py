@@ -79,6 +79,9 @@ class FileSource(Source, Protocol):
     def image_place(self, ref: Ref) -> str:
         """Where the picture is stored: refs of one place share it."""
 
+    def origin(self, ref: Ref) -> str:
+        """See RefList."""
+
     # See RefList.
     faults: tuple[str, ...]
     other_images: tuple[ImageFile, ...]
@@ -112,6 +115,10 @@ class RefList:
 
     def __getitem__(self, i: int) -> Ref:
         return self._refs[i]
+
+    def origin(self, ref: Ref) -> str:
+        """Where a ref was written down, in words; "" where its number says so."""
+        return ""
 
     def locate(self, j: int) -> tuple[int, int]:
         """Sentence number -> (ref index, index of the sentence within the ref)."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from refseg_jax.data.records import FileSource, ImageFile, Ref, RefList
 from refseg_jax.data.refer import KNOWN_COUNTS, ReferFiles, ReferSource
-from refseg_jax.data.shards import PreparedSource, is_prepared, read_header
+from refseg_jax.data.shards import PreparedSource, is_prepared, merged_sets, read_header
 from refseg_jax.errors import UserError
 
 TRAIN = "train"
@@ -89,8 +89,17 @@ def open_merged(root: str, names: Sequence[str], split: str, text_field: str = "
     Raises:
       UserError: see `open_set` and `MergedSource`.
     """
-    if is_prepared(str(root).rstrip("/")):
-        return open_set(root, MERGED, [split], text_field=text_field)[split]
+    root = str(root).rstrip("/")
+    for folder in (f"{root}/{MERGED}", root):
+        if not is_prepared(folder):
+            continue
+        held = merged_sets(folder) or names
+        if set(held) != set(names):
+            raise UserError(
+                f"{folder} holds the merged set of {', '.join(held)}, not of {', '.join(names)}: "
+                f"set config.data.merged to {tuple(held)}, or give another root"
+            )
+        return open_set(folder, MERGED, [split], text_field=text_field)[split]
     if split == TRAIN:
         return MergedSource({name: open_set(root, name, text_field=text_field) for name in names})
     name, _, part = split.rpartition("/")

@@ -20,6 +20,7 @@ order of the dataset.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -200,6 +201,15 @@ def ref_fields(ref: Ref) -> dict[str, Any]:
         "category": ref.category,
         "sentences": [[s.sent_id, s.text, s.kind] for s in ref.sentences],
     }
+
+
+def merged_sets(root: str) -> list[str]:
+    """The sets that a prepared one was merged from; [] for others, and where nothing says so."""
+    try:
+        sets = json.loads(epath.Path(root, MANIFEST).read_text())["source"]["sets"]
+        return _typed(sets, (str,) * len(sets))
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def read_header(root: str) -> Header:

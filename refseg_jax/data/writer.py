@@ -119,9 +119,10 @@ def write(plan: Plan, out: str | os.PathLike[str], workers: int = 1) -> dict[str
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, "preparation"):
+            finished = read_json(out / MANIFEST) if (out / MANIFEST).exists() else None
             states = _adopt(plan, out)
             states = list(_shards(plan, out, states, workers))
-            _refuse_faults(plan, out, states)
+            _refuse_faults(plan, out, states, finished)
             return _finish(plan, out, states)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from error
@@ -313,11 +314,21 @@ def _record(plan: Plan, image: ImageFile, blank: list[list]) -> tuple[bytes | No
     return pack({**record, "image": picture, "refs": entries}), faults
 
 
-def _refuse_faults(plan: Plan, out: pathlib.Path, states: list[ShardState]) -> None:
+def _refuse_faults(
+    plan: Plan, out: pathlib.Path, states: list[ShardState], finished: dict[str, Any] | None
+) -> None:
+    """UserError: there are faults. What was `finished` without them stays so, if it can."""
     faults = [_fault(plan, *fault) for state in states for fault in state["left_out"]]
     if faults and not plan.partial:
-        # Once annotations or masks are mended it is another plan, which may take this one's place.
-        write_json(out / PLAN, {**read_json(out / PLAN), "refused": True})
+        if finished and all(
+            now in (was, {"left_out": was["left_out"]}) and (out / was["file"]).exists()
+            for was, now in zip(finished["shards"], states, strict=True)
+        ):
+            write_json(out / MANIFEST, finished)
+            (out / PLAN).unlink()
+        else:
+            # Once annotations or masks are mended it is another plan, which may take its place.
+            write_json(out / PLAN, {**read_json(out / PLAN), "refused": True})
         raise UserError(
             f"{len(faults)} refs cannot be prepared: {'; '.join(faults[:_FAULTS_SHOWN])}"
             f"{'; ...' * (len(faults) > _FAULTS_SHOWN)} (mend them and run this again, or leave "
@@ -332,7 +343,9 @@ def missing_splits(plan: Plan) -> list[str]:
 
 
 def _fault(plan: Plan, split: str, i: int, why: str) -> str:
-    return f"{_named(plan, split, i)}: {why}"
+    source = plan.sources[split]
+    origin = source.origin(source[i])
+    return ": ".join([_named(plan, split, i), *([origin] if origin not in why else []), why])
 
 
 def _named(plan: Plan, split: str, i: int) -> str:
