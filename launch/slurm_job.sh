@@ -29,11 +29,11 @@ insist() {
     sleep "$try"
   done
 }
-ending=''
+ending='' told=''
 # At the limit: every process saves and ends. (scancel with a signal leaves out this script.)
 trap 'ending=yes; insist scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 # Preempted or canceled: SLURM has told the processes, and this script waits for them.
-trap : TERM
+trap 'told=yes' TERM
 
 "${step[@]}" "$@" &
 # A signal ends `wait` before the step ends; the last one says how it ended.
@@ -41,6 +41,12 @@ while kill -0 $! 2>/dev/null; do wait $! || true; done
 status=0
 wait $! || status=$?
 
+# Preempted with time to save (GraceTime), only the processes are told, and SLURM before 24.05 takes
+# that for a failure. At scancel this script is told, too, but perhaps after them.
+if ((status == 143)) && [[ ! $ending$told ]]; then
+  sleep 5
+  [[ $told ]] || ending=yes
+fi
 if [[ $ending ]] && ((status)); then
   insist scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -107,6 +107,11 @@ tolerate() {
   note "$2 ($1 of $restarts)"
 }
 
+preempted() {
+  note "preempted"
+  if delete; then failures=0; else failed "the pod could not be deleted"; fi
+}
+
 # One look, and what follows from it; true once the run is finished.
 look() {
   local answer
@@ -131,11 +136,7 @@ look() {
   [[ ${answer##*[[:space:]]} == ACTIVE ]] || silences=0
   case ${answer##*[[:space:]]} in
     ACTIVE) ;;
-    SUSPENDED)
-      note "preempted"
-      if delete; then failures=0; else failed "the pod could not be deleted"; fi
-      return 1
-      ;;
+    SUSPENDED) preempted && return 1 ;;
     FAILED)
       failed "the request failed"
       delete || true
@@ -143,7 +144,14 @@ look() {
       ;;
     *) note "$answer" && return 1 ;;
   esac
-  answer=$(progress 2>&1) || { unanswered "no answer of worker 0: ${answer//$'\n'/ }" && return 1; }
+  if ! answer=$(progress 2>&1); then
+    if [[ $answer == *"terminal state"* ]]; then # The pod is gone; the request does not say so yet.
+      preempted
+    else
+      unanswered "no answer of worker 0: ${answer//$'\n'/ }"
+    fi
+    return 1
+  fi
   # Beside what gcloud has to say.
   [[ $answer =~ SubState=([a-z-]+) ]] || { unanswered "worker 0 does not say how it is" && return 1; }
   silences=0
@@ -156,7 +164,8 @@ look() {
         start || failed "training could not be started"
       else
         failed "training failed: launch/tpu.sh watch shows why"
-        start || true
+        # A worker that is as new, which the cloud may have made of a broken one, has no code.
+        start || { install && start; } || true
       fi
       ;;
     *) note "${BASH_REMATCH[1]}" ;;

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import fsspec.config
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
@@ -20,6 +21,9 @@ from refseg_jax import processes
 from refseg_jax.data.files import write_whole
 from refseg_jax.errors import UserError
 from refseg_jax.sharding import path_name
+
+# What gcsfs has listed once of a bucket it would believe for good, whatever others write there.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"

@@ -24,7 +24,7 @@ from jax._src import distributed  # Its key-value store has no public name.
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from refseg_jax.errors import UserError
+from refseg_jax.errors import UserError, say
 
 
 def keep_memory() -> None:
@@ -60,6 +60,9 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 
+_PATIENCE = 3600  # Seconds to wait for processes that were told where to meet.
+
+
 def join(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> "Peers | None":
@@ -76,17 +79,27 @@ def join(
       UserError: the others are not found.
     """
     if num_processes != 1:
-        if process_id:
-            _wait_for(coordinator)
-        elif coordinator:
-            _check_free(coordinator)
+        # Where there is a coordinator, machines may come one by one, as a cloud has them.
+        seconds = _PATIENCE if coordinator else 300
+        told = threading.Timer(10, say, [f"waiting for the other processes at {coordinator}"])
+        told.daemon = True
         try:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
+            if coordinator:
+                told.start()
+            if process_id:
+                _wait_for(coordinator, seconds)
+            elif coordinator:
+                _check_free(coordinator)
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, initialization_timeout=seconds
+            )
         except (ValueError, RuntimeError, OSError) as e:
             where = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
             if where or not isinstance(e, ValueError):  # Else no cluster was found.
                 place = f" at {where}" if where else ""
                 raise UserError(f"the other processes were not found{place}: {e}") from e
+        finally:
+            told.cancel()
     if distributed.global_state.num_processes > 1:
         return Peers()
     # On a cluster JAX now takes note of SIGTERM, for several to agree what to do: one ends as ever.
@@ -94,7 +107,7 @@ def join(
     return None
 
 
-def _wait_for(coordinator: str, seconds: float = 300.0) -> None:
+def _wait_for(coordinator: str, seconds: float) -> None:
     """Returns when `coordinator` listens: JAX would abort the process if it never does."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + seconds

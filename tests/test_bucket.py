@@ -61,6 +61,10 @@ def test_checkpoints_of_a_bucket_go_there(bucket, monkeypatch):
     assert folders == [f"{bucket}/checkpoints/last", f"{bucket}/checkpoints/best"]
 
 
+def test_what_others_write_to_a_bucket_is_seen(bucket):
+    assert not Bucket(skip_instance_cache=True).dircache.use_listings_cache
+
+
 def test_a_bucket_that_does_not_exist_is_one_line():
     with pytest.raises(UserError, match="Bucket does not exist: no-such: make it"), bucket_errors():
         raise FileNotFoundError("Bucket does not exist: no-such")  # As gcsfs has it.

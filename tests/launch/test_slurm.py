@@ -29,6 +29,8 @@ def test_slurm_has_a_process_per_gpu_that_sees_all(tools):
         (["USR1"], 2, [["scancel", "--signal=TERM", "77"], ["scontrol", "requeue", "77"]]),
         (["USR1"], 0, [["scancel", "--signal=TERM", "77"]]),  # Finished in the last minutes.
         (["TERM"], 2, []),  # Canceled: it must not come back.
+        (["TERM"], 143, []),
+        ([], 143, [["scontrol", "requeue", "77"]]),  # Preempted, with time to save.
     ],
 )
 def test_a_job_at_its_limit_is_saved_and_queued_again(signals, status, expected, tools):

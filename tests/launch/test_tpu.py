@@ -136,6 +136,23 @@ def test_a_stopped_run_starts_again_and_is_no_failure(tools):
     assert steps == ["systemd-run"] * 3
 
 
+def test_a_pod_that_is_gone_is_deleted_before_its_request_says_so(tools):
+    gone = 'ERROR: (gcloud) This TPU has terminal state "PREEMPTED", so it cannot be used anymore.'
+    done, steps = keep(
+        tools, ("describe", "ACTIVE", 0), ("SubState", gone, 1), NONE, *active("dead"),
+        *active("exited"), restarts=1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert steps == ["delete", "create", *START, "delete"]
+
+
+def test_a_worker_that_is_as_new_is_installed(tools):
+    lost = *active("failed"), ("systemd-run", "cd: refseg_jax: No such file or directory", 1)
+    done, steps = keep(tools, *lost, *active("exited"))
+    assert done.returncode == 0, done.stderr
+    assert steps == ["systemd-run", *START, "delete"]
+
+
 def test_a_look_asks_for_what_it_reads(tools):
     tools.answer(*active("exited"))
     tools.bash(*script("tpu.sh", "keep", *POD, *KIND), "--", *TRAINING)
