@@ -229,7 +229,9 @@ def changed_fields(old: Any, new: Any, free: tuple[str, ...] = ()) -> list[str]:
 
 
 def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
-    """Writes down what a run is trained on, `data.identity`; if `resumed`, compares it.
+    """Writes down what a run is trained on; if `resumed`, compares it.
+
+    `found`: `data.identity`, and "root", where it is.
 
     The first process does so.
 
@@ -239,7 +241,7 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
     if jax.process_index() > 0:
         return
     if resumed and (known := trained_on(workdir)):
-        if known != found:
+        if {**known, "root": None} != {**found, "root": None}:  # It may have been moved.
             were, are = (f"{x['sentences']} sentences of {x['refs']} refs" for x in (known, found))
             raise UserError(
                 f"{workdir} holds a run on other training data ({known['dataset']}, {were}; now "
@@ -250,7 +252,7 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
 
 
 def trained_on(workdir: str) -> dict[str, Any] | None:
-    """What the run in `workdir` is trained on, `data.identity`; None where that is not written.
+    """What `check_data` wrote down in `workdir`; None if it did not, as in earlier versions.
 
     Raises:
       UserError: the file that says so is damaged.
@@ -294,6 +296,13 @@ def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables
     )
-    # It may lie where nothing can be written.
-    with contextlib.closing(_manager(workdir, "best", create=False)) as best:
-        return _restore(best, abstract, best.best_step())
+    while True:
+        # It may lie where nothing can be written.
+        with contextlib.closing(_manager(workdir, "best", create=False)) as best:
+            step = best.best_step()
+            try:
+                return _restore(best, abstract, step)
+            except UserError:
+                # Unless training has put a better one into its place meanwhile.
+                if jax.process_count() > 1 or best_step(workdir) == step:
+                    raise

@@ -72,7 +72,8 @@ def make_page(predictor: Predictor, title: str, examples: list[tuple[np.ndarray,
         except UserError as e:
             raise gradio.Error(str(e), print_exception=False) from e
 
-    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+    # Pictures that are an hour old, and at the end all, are deleted.
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown(f"# {title}")
         with gradio.Row():
             # The file as it is: `load_image` knows more kinds, and turns them upright.
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             quiet=True,
             prevent_thread_lock=True,
         )
-    except OSError as e:
+    except (OSError, OverflowError) as e:
         raise UserError(f"cannot serve at {arguments.host}:{arguments.port}: {e}") from e
     print(f"{url} (Ctrl-C ends it)", flush=True)
     page.block_thread()

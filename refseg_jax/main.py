@@ -43,7 +43,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except SystemExit:  # After --help, which to absl is a failure.
         sys.exit(0)
     except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError,
-            ImportError) as e:  # fmt: skip
+            ImportError, SyntaxError) as e:  # fmt: skip
         missing = e.args[0] if e.args and isinstance(e.args[0], KeyError) else e
         if isinstance(missing, KeyError):
             fail(f"the config has no field {missing.args[0]}")

@@ -28,7 +28,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> Callab
         raise UserError(
             f"config.optim.warmup_steps={warmup} leaves no steps to decay over: "
             f"the run has {total_steps} steps, and the decay ends at {decay + warmup} (give fewer "
-            "of them, or more config.train.epochs)"
+            "of them, or more config.train.steps or, where that is 0, config.train.epochs)"
         )
     end = config.end_lr / config.lr if config.lr else 1.0
     if config.schedule == "poly":

@@ -130,14 +130,20 @@ def load_image(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarra
 
 
 def load_run(
-    workdir: str | os.PathLike, sharding: jax.sharding.Sharding | None = None
+    workdir: str | os.PathLike,
+    sharding: jax.sharding.Sharding | None = None,
+    given: ml_collections.ConfigDict | None = None,
 ) -> tuple[ml_collections.ConfigDict, nn.Module, Any]:
     """(config, model, best variables) of the run in `workdir`; variables laid out by `sharding`.
+
+    `given`: another config of it, for how its model is computed where that may differ.
 
     Raises:
       UserError: `workdir` is no run, it has no checkpoint yet, or one that does not fit.
     """
     config = checkpoint.read_config(workdir)
+    if given and "swin" in given.model:
+        config.model.swin.cudnn = given.model.swin.cudnn
     model = models.build(config.model)
     abstract = jax.eval_shape(
         lambda: init_variables(

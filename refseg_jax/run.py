@@ -161,11 +161,27 @@ def prepare(
                 + (" (--mode evaluate takes other eval. fields)" if "eval." in str(changed) else "")
             )
     elif jax.process_index() == 0:
+        _check_ours(root, tokenizer)
         if "://" not in workdir:  # A bucket has no folders.
             root.mkdir(parents=True, exist_ok=True)
         tokenizer.save(tokenizer_path)
         checkpoint.write_config(workdir, config)  # Last: its presence says that all is there.
     return tokenizer
+
+
+def _check_ours(root: epath.Path, tokenizer: Tokenizer) -> None:
+    """Raises a UserError where what a run writes first would replace what is no run's."""
+    if (root / checkpoint.CONFIG_FILE).exists():
+        try:
+            checkpoint.read_config(str(root))
+        except UserError as error:
+            raise UserError(f"{error}: give another --workdir") from None
+    elif (path := root / checkpoint.TOKENIZER_FILE).exists() and (
+        path.read_text(encoding="utf-8") != tokenizer.text()
+    ):
+        raise UserError(
+            f"{path} is of no run, or of one that never began: delete it, or give another --workdir"
+        )
 
 
 def fit_tokenizer(config: ml_collections.ConfigDict, source: str) -> Tokenizer:
@@ -207,9 +223,12 @@ def other_data(
     )
     if scored != own:
         return f"-{scored[0]}"
-    was, root = (str(c.data.root).rstrip("/") for c in (trained, config))
     known = checkpoint.trained_on(workdir)
-    if root == was or known is None:
+    if known is None:
+        return ""
+    was = known.pop("root", str(trained.data.root).rstrip("/"))
+    root = data.absolute_root(config.data)
+    if root == was:
         return ""
     try:
         found = data.identity(data.open_source(config.data, trained.data.train_split))
@@ -234,8 +253,12 @@ def evaluate_run(
       UserError: there is no checkpoint, it does not fit, or a split is missing.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    step = checkpoint.best_step(workdir)
-    trained, model, variables = load_run(workdir, replicated(mesh))
+    while True:
+        step = checkpoint.best_step(workdir)
+        trained, model, variables = load_run(workdir, replicated(mesh), config)
+        # Training elsewhere may have found a better one between the two.
+        if jax.process_count() > 1 or checkpoint.best_step(workdir) == step:
+            break
     of_which = other_data(trained, config, workdir)
     predict_fn = make_predict_step(model, batch_sharding(mesh))
 

@@ -316,7 +316,8 @@ def train(
         if config.data.dataset != "shapes":  # Which are what the config says.
             found = data.identity(trainer.source)
             check_same("the training data", lambda: found)
-            checkpoint.check_data(workdir, found, resumed=start > 0)
+            root = data.absolute_root(config.data)
+            checkpoint.check_data(workdir, {**found, "root": root}, resumed=start > 0)
         writer = MetricWriter(workdir, start, trainer.steps, active=jax.process_index() == 0)
         try:
             samples = trainer.steps * config.train.batch_size
@@ -344,10 +345,20 @@ def train(
             _loop(trainer, checkpoints, writer, stop, first, start, workdir)
         finally:
             writer.close()
+    if stop.signal:  # After the last step, or the score of it.
+        raise _stopped(stop, trainer.steps)
     summary = {"steps": trainer.steps}
     if first.seconds is not None:
         summary["seconds_to_first_step"] = round(first.seconds, 1)
     return summary
+
+
+def _stopped(stop: StopRequest, step: int) -> Stopped:
+    return Stopped(
+        f"stopped by {stop.signal} at step {step}, which is saved: "
+        "run the same command again to go on",
+        stop.signal,
+    )
 
 
 def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
@@ -362,20 +373,13 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.
 
-    def stopped(step):
-        return Stopped(
-            f"stopped by {stop.signal} at step {step}, which is saved: "
-            "run the same command again to go on",
-            stop.signal,
-        )
-
     def evaluation_due(step):
         return step == total or step % config.train.eval_every == 0
 
     def score(step, state):
         def put(batch):
             if stop.signal:  # The step is saved, and scored when the run goes on.
-                raise stopped(step)
+                raise _stopped(stop, step)
             return to_device(batch, trainer.mesh)
 
         variables = state.variables()
@@ -398,14 +402,16 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             f"step {step}: {result.split} {evaluate.spell(result.headline)}"
             + (" (best so far)" if best else "")
         )
-        if step == total and stop.after(total + 1):
-            raise stopped(step)
+        if step == total:
+            stop.after(total + 1)  # Heeded by `train`.
 
     scored = _scored(workdir, start, select_source.split) and checkpoints.best_score() is not None
     if start and evaluation_due(start) and not scored:
         since, compiling = time.time(), first.compiling
         score(start, state)
         first.begun, first.compiling = first.begun + time.time() - since, compiling
+    elif start == total:
+        stop.after(total + 1)
     record = Recorder(writer, trainer.schedule, config.train, total)
     norm = jax.jit(optax.tree.norm)
     # Closed also where an error ends this: Grain's workers cannot be left to the end of Python.
@@ -428,7 +434,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             check_finite("the parameters' norm", float(norm(state.params)), step)  # nor its update.
             checkpoints.save_last(state)
             if stopping:
-                raise stopped(step)
+                raise _stopped(stop, step)
             if evaluating:
                 score(step, state)
             record.restart_clock()

@@ -182,6 +182,38 @@ def test_a_run_from_before_a_field_of_speed_goes_on(tmp_path):
         run.prepare(changed, str(tmp_path))
 
 
+def test_a_folder_that_is_no_runs_is_left_alone(tmp_path):
+    files = {"config.json": '{"hidden_size": 768}', "tokenizer.json": "{}"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name} is|no run's: give another --workdir"):
+            run.prepare(tiny.config(), str(tmp_path))
+        assert (tmp_path / name).read_text() == text
+        (tmp_path / name).unlink()
+    run.prepare(tiny.config(), str(tmp_path))
+    (tmp_path / "config.json").unlink()  # As a run that was killed at its start.
+    run.prepare(tiny.config(), str(tmp_path))
+
+
+def test_the_best_is_read_again_where_training_has_replaced_it(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoint.write_config(str(tmp_path), tiny.config())
+        checkpoints.save_best(1, {"x": jnp.zeros(1)}, 0.5)
+        restore = checkpoint._restore
+
+        def late(manager, abstract, step):
+            if step == 1:
+                checkpoints.save_best(2, {"x": jnp.ones(1)}, 0.6)
+            return restore(manager, abstract, step)
+
+        monkeypatch.setattr(checkpoint, "_restore", late)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        assert checkpoint.load_variables(str(tmp_path), {"x": jnp.zeros(1)}, here)["x"] == 1
+        other = {"x": jnp.zeros(3)}
+        with pytest.raises(UserError, match="does not fit"):
+            checkpoint.load_variables(str(tmp_path), other, here)
+
+
 def test_a_workdir_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -262,7 +294,7 @@ def test_other_data_is_not_taken_for_the_runs_own(tmp_path):
         checkpoint.check_data(workdir, other, resumed=True)
 
 
-def test_scores_on_other_data_of_the_same_name_do_not_replace_the_runs_own(tmp_path):
+def test_scores_on_other_data_of_the_same_name_do_not_replace_the_runs_own(tmp_path, monkeypatch):
     raw = preparing.write_shapes(tmp_path / "raw")
     args = ("refer", "--root", raw, "--dataset", "shapes")
     mine, moved, other = (str(tmp_path / name) for name in ("mine", "moved", "other"))
@@ -283,6 +315,13 @@ def test_scores_on_other_data_of_the_same_name_do_not_replace_the_runs_own(tmp_p
     found = data.identity(data.open_source(trained.data, "train"))
     checkpoint.check_data(workdir, found, resumed=False)
     assert named(mine) == named(f"{mine}/") == named(moved) == ""
+    checkpoint.check_data(workdir, {**found, "root": mine}, resumed=True)
+    checkpoint.check_data(workdir, {**found, "root": mine}, resumed=False)
+    trained.data.root = "mine"  # From here.
+    monkeypatch.chdir(tmp_path)
+    assert named("mine") == named(mine) == named(moved) == ""
+    monkeypatch.chdir(other)
+    assert named(mine) == "" and named(".") == "-other"
     assert named(other) == named(f"{other}/") == "-other"
     assert named(str(raw), dataset="shapes", split_by="unc") == "-shapes_unc"
     trained.data.train_split = "val"  # Other data than was written down.

@@ -82,6 +82,14 @@ def test_a_vocabulary_may_have_line_separators_for_tokens(tmp_path):
         assert tokenizer.encode("dog", 3)[0].tolist() == [2, 7, 3]
 
 
+def test_a_vocabulary_that_says_a_word_twice_has_rows_for_all_its_ids(tmp_path):
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "dog", "", "", "zebra"]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries) + "\n")
+    tokenizer = Tokenizer.load(tmp_path / "vocab.txt")
+    ids, _, _ = tokenizer.encode("dog zebra", 5)
+    assert ids.max() == 9 < tokenizer.vocab_size == 10
+
+
 def test_what_is_no_unicode_is_an_error(tokenizer):
     with pytest.raises(UserError, match="no valid Unicode"):
         tokenizer.encode("red \udcff", 8)

@@ -1,6 +1,7 @@
 """Training: reproducible, shardable, and it stops where it should."""
 
 import shutil
+import signal
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from refseg_jax import checkpoint, models, run, train
-from refseg_jax.errors import UserError
+from refseg_jax.errors import TERMINATED, UserError
 from refseg_jax.logging import read_metrics
 from refseg_jax.sharding import gatherer
 from tests import tiny
@@ -186,6 +187,21 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
         train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
     with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
         assert checkpoints.last.latest_step() == 3
+
+
+def test_a_signal_after_the_last_step_is_heeded(tmp_path, monkeypatch, toy):
+    config = tiny.config(train__steps=1)
+    train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
+
+    def signaled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return Trainer(*arguments)
+
+    Trainer = train.Trainer
+    monkeypatch.setattr(train, "Trainer", signaled)
+    with pytest.raises(UserError, match="stopped by SIGTERM at step 1, which is saved") as caught:
+        train.train(config, run.prepare(config, str(tmp_path)), str(tmp_path))
+    assert caught.value.status == TERMINATED
 
 
 def test_a_changed_config_is_not_resumed(tmp_path):

@@ -1,6 +1,7 @@
 """Datasets, tokenisers and batches."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,6 +39,11 @@ def open_source(config: Any, split: str) -> Source:
     return open_sources(config, [split])[split]
 
 
+def absolute_root(config: Any) -> str:
+    """Where `config` (`config.data`) says that the data lies, from wherever it is read."""
+    return config.root if "://" in config.root else os.path.abspath(config.root)
+
+
 def identity(source: Source) -> dict[str, Any]:
     """What a split is, wherever it lies, raw or prepared: its numbers and a hash of its texts."""
     digest = hashlib.sha256()
@@ -62,4 +68,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     return Tokenizer.load(name)
 
 
-__all__ = ["Source", "Tokenizer", "identity", "load_tokenizer", "open_source", "open_sources"]
+__all__ = [
+    *("Source", "Tokenizer", "absolute_root", "identity"),
+    *("load_tokenizer", "open_source", "open_sources"),
+]

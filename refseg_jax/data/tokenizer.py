@@ -12,6 +12,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from refseg_jax.data.files import write_whole
 from refseg_jax.errors import UserError
 
 FILE_NAME = "tokenizer.json"
@@ -46,7 +47,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._backend.get_vocab_size()
+        """Rows that its ids need: of a vocabulary that has an entry twice, more than entries."""
+        return max(self._backend.get_vocab().values()) + 1
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         try:
@@ -85,13 +87,17 @@ class Tokenizer:
 
     def digest(self) -> str:
         """A hash of all that it does."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    def text(self) -> str:
+        """What `save` writes."""
+        return self._backend.to_str(pretty=True)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes one JSON file; `path` is the file, or a folder in which it gets `FILE_NAME`."""
         path = epath.Path(path)
         path = path / FILE_NAME if path.is_dir() else path
-        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        write_whole(path, self.text())
 
     def __reduce__(self):
         return _from_json, (self._backend.to_str(),)

@@ -5,7 +5,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -54,6 +54,15 @@ def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> 
     except OSError as error:  # Such as a name that is too long for one.
         raise UserError(f"no checkpoint at {source} ({error.strerror}): {_READABLE}") from error
     return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
+
+
+def settings_beside(path: pathlib.Path) -> dict[str, Any]:
+    """What Hugging Face's config.json beside a checkpoint says; {} where there is none."""
+    try:
+        settings = json.loads((path.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def place_of(source: str | pathlib.Path) -> pathlib.Path:

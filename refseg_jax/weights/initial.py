@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from refseg_jax import checkpoint
 from refseg_jax.errors import UserError
 from refseg_jax.weights import clip, darknet, hf, microsoft, released, resnet
-from refseg_jax.weights.files import OPEN_CLIP, read_checkpoint
+from refseg_jax.weights.files import OPEN_CLIP, read_checkpoint, settings_beside
 from refseg_jax.weights.tables import Conversion, Table, brief, closest, convert_variables
 
 # A source, and the variables (shapes) of an encoder -> these, filled.
@@ -33,9 +33,16 @@ def _by(*tables: Table) -> Load:
 
 def _clip(source: str, variables: Any) -> Conversion:
     """Both encoders; of Hugging Face's, whose images are a ViT's, the text encoder alone."""
-    arrays = read_checkpoint(source, OPEN_CLIP).arrays
+    path, arrays, _ = read_checkpoint(source, OPEN_CLIP)
     if not clip.is_hf(arrays):
         return clip.convert_clip(arrays, variables)
+    settings = settings_beside(path)
+    activation = (settings.get("text_config") or settings).get("hidden_act", "quick_gelu")
+    if activation != "quick_gelu":
+        raise UserError(
+            f"{path} is of a text encoder that computes {activation}, ours computes quick_gelu, as "
+            "OpenAI's do"
+        )
     done = clip.convert_clip_text(arrays, {"params": variables["params"]["text"]})
     return dataclasses.replace(done, tree={"params": {"text": done.tree["params"]}})
 

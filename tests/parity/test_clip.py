@@ -5,6 +5,7 @@ Released outputs with the attention pool: tests/golden/test_cris_encoder.py.
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -312,6 +313,10 @@ def test_a_run_starts_from_a_text_encoder(text, projected, tmp_path):
         assert "the projection, which it lacks, from scratch" in origin
     jax.tree.map(np.testing.assert_array_equal, loaded, {"params": {"text": expected}})
     assert f"clip ({len(jax.tree.leaves(expected))} arrays)" in origin and "vision" in origin
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_act": "gelu"}))
+    with pytest.raises(UserError, match="computes gelu, ours computes quick_gelu"):
+        load_initial(config, variables)
 
 
 def test_open_clip_s_names_come_first(openai, tmp_path):
