@@ -304,5 +304,5 @@ def load_variables(workdir: str, variables: Any, sharding: jax.sharding.Sharding
                 return _restore(best, abstract, step)
             except UserError:
                 # Unless training has put a better one into its place meanwhile.
-                if jax.process_count() > 1 or best_step(workdir) == step:
+                if jax.process_count() > 1 or best_step(workdir) == (step or 0):
                     raise

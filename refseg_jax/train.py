@@ -345,7 +345,9 @@ def train(
             _loop(trainer, checkpoints, writer, stop, first, start, workdir)
         finally:
             writer.close()
-    if stop.signal:  # After the last step, or the score of it.
+        if stop.signal:  # After the last step.
+            raise _stopped(stop, trainer.steps)
+    if stop.signal:  # While it was saved.
         raise _stopped(stop, trainer.steps)
     summary = {"steps": trainer.steps}
     if first.seconds is not None:
