@@ -42,10 +42,10 @@ status=0
 wait $! || status=$?
 
 # Preempted with time to save (GraceTime), only the processes are told, and SLURM before 24.05 takes
-# that for a failure. At scancel this script is told, too, but perhaps after them.
-if ((status == 143)) && [[ ! $ending$told ]]; then
-  sleep 5
-  [[ $told ]] || ending=yes
+# that for a failure.
+if ((status == 143)) && [[ ! $ending$told ]] &&
+  [[ $(insist scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]; then
+  ending=yes
 fi
 if [[ $ending ]] && ((status)); then
   insist scontrol requeue "$SLURM_JOB_ID"

@@ -240,14 +240,14 @@ def check_data(workdir: str, found: dict[str, Any], resumed: bool) -> None:
     """
     if jax.process_index() > 0:
         return
-    if resumed and (known := trained_on(workdir)):
-        if {**known, "root": None} != {**found, "root": None}:  # It may have been moved.
-            were, are = (f"{x['sentences']} sentences of {x['refs']} refs" for x in (known, found))
-            raise UserError(
-                f"{workdir} holds a run on other training data ({known['dataset']}, {were}; now "
-                f"{found['dataset']}, {are}): give another --workdir, or the same data to resume"
-            )
-    else:
+    known = trained_on(workdir) if resumed else None
+    if known and {**known, "root": None} != {**found, "root": None}:  # It may have been moved.
+        were, are = (f"{x['sentences']} sentences of {x['refs']} refs" for x in (known, found))
+        raise UserError(
+            f"{workdir} holds a run on other training data ({known['dataset']}, {were}; now "
+            f"{found['dataset']}, {are}): give another --workdir, or the same data to resume"
+        )
+    if known != found:
         write_whole(epath.Path(workdir) / DATA_FILE, json.dumps(found) + "\n")
 
 
@@ -268,9 +268,10 @@ def trained_on(workdir: str) -> dict[str, Any] | None:
 
 def saved_steps(workdir: str, kind: str = "*") -> list[int]:
     """Steps of the run in `workdir` that have a checkpoint, "last" or "best" or of either kind."""
-    folders = (epath.Path(workdir) / "checkpoints").glob(kind)
+    folders = (epath.Path(workdir) / "checkpoints").glob(f"{kind}/*")
     # Not what a kill left half-written, which in a bucket has its name already.
-    return [step for folder in folders for step in ocp.utils.checkpoint_steps(folder)]
+    whole = ocp.utils.is_checkpoint_finalized
+    return [int(folder.name) for folder in folders if folder.name.isdigit() and whole(folder)]
 
 
 def best_step(workdir: str) -> int:

@@ -30,6 +30,7 @@ FREE_FIELDS = (
     "eval.batch_size", "eval.examples", "mesh.", "train.log_every", "train.eval_every",
     "train.checkpoint_every",
     "data.root", "data.workers", "data.threads", "data.eval_splits", "data.text_field",
+    "data.merged",
     "model.swin.cudnn",
 )  # fmt: skip
 
@@ -41,8 +42,8 @@ FREE_IN_EVALUATION = (
 )  # fmt: skip
 
 # What may differ between the processes of a run: where their machine has the data, and how it is
-# read.
-OWN_FIELDS = ("data.root", "data.workers", "data.threads")
+# read. What the tokenizer does is compared.
+OWN_FIELDS = ("data.root", "data.tokenizer", "data.workers", "data.threads")
 
 # Of how many examples of each case the report shows how the mask came about.
 EXPLAINED = {"best": 2, "middle": 2}
@@ -75,7 +76,8 @@ def _run(
         for section in ("train", "optim", "init"):  # The report shows what the run was made with.
             config[section] = trained[section]
         config.data.tokenizer = trained.data.tokenizer
-        _check_alike(config, tokenizer, workdir, mode)
+        with ending_on_signals():
+            _check_alike(config, tokenizer, workdir, mode)
         return _evaluate(config, tokenizer, workdir)
     with _sole(workdir):
         tokenizer = prepare(config, workdir)
@@ -217,15 +219,12 @@ def other_data(
     Else "-" and the dataset, or, where both are called the same ("prepared"), its folder. Data
     that was moved is still the run's own.
     """
-    own, scored = (
-        (set_name(c.data.dataset, c.data.split_by), *c.data.get("merged", ()))
-        for c in (trained, config)
-    )
+    own, scored = (set_name(c.data.dataset, c.data.split_by) for c in (trained, config))
     if scored != own:
-        return f"-{scored[0]}"
+        return f"-{scored}"
     known = checkpoint.trained_on(workdir)
-    if known is None:
-        return ""
+    if known is None or scored == "shapes":
+        return "" if trained.data.get("merged") == config.data.get("merged") else f"-{scored}"
     was = known.pop("root", str(trained.data.root).rstrip("/"))
     root = data.absolute_root(config.data)
     if root == was:

@@ -324,8 +324,11 @@ def test_scores_on_other_data_of_the_same_name_do_not_replace_the_runs_own(tmp_p
     assert named(mine) == "" and named(".") == "-other"
     assert named(other) == named(f"{other}/") == "-other"
     assert named(str(raw), dataset="shapes", split_by="unc") == "-shapes_unc"
+    checkpoint.check_data(workdir, {**found, "root": mine}, resumed=True)
+    checkpoint.check_data(workdir, {**found, "root": moved}, resumed=True)
+    assert checkpoint.trained_on(workdir)["root"] == moved
     trained.data.train_split = "val"  # Other data than was written down.
-    assert named(moved) == "-moved"
+    assert named(mine) == "-mine"
 
 
 def test_without_a_control_the_scores_are_there(tmp_path, monkeypatch, capsys):

@@ -30,7 +30,6 @@ def test_slurm_has_a_process_per_gpu_that_sees_all(tools):
         (["USR1"], 0, [["scancel", "--signal=TERM", "77"]]),  # Finished in the last minutes.
         (["TERM"], 2, []),  # Canceled: it must not come back.
         (["TERM"], 143, []),
-        ([], 143, [["scontrol", "requeue", "77"]]),  # Preempted, with time to save.
     ],
 )
 def test_a_job_at_its_limit_is_saved_and_queued_again(signals, status, expected, tools):
@@ -48,6 +47,21 @@ def test_a_job_at_its_limit_is_saved_and_queued_again(signals, status, expected,
     words = (tools.folder / "srun").read_text().split()
     assert words[-3:] == ["python", "a", "b"] and "--cpus-per-task=6" in words
     assert "--gpu-bind=none" in words and "--kill-on-bad-exit=1" in words
+
+
+@pytest.mark.parametrize(
+    "at, expected", [("2026-12-01T03:04:52", ["show", "requeue"]), ("None", ["show"])]
+)
+def test_a_job_that_was_preempted_with_time_to_save_is_queued_again(at, expected, tools):
+    (tools.folder / "bin/srun").write_text("#!/bin/sh\nexit 143\n")
+    tools.answer(("show", f"PreemptEligibleTime=2026-12-01T00:00:00 PreemptTime={at}", 0))
+    done = bash(
+        *script("slurm_job.sh", "python"), path=tools.path, SLURM_JOB_ID="77", **tools.environ
+    )
+    assert done.returncode == 143, done.stderr
+    assert [call[:1] + call[1:2] for call in tools.calls] == [
+        ["scontrol", word] for word in expected
+    ]
 
 
 def test_a_controller_that_does_not_answer_is_asked_again(tools):
