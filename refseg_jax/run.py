@@ -13,7 +13,7 @@ from etils import epath
 from refseg_jax import bounds, checkpoint, data, details, evaluate, processes
 from refseg_jax.data.files import locked
 from refseg_jax.data.pipeline import CannotShuffle
-from refseg_jax.data.sets import set_name
+from refseg_jax.data.sets import MERGED, set_name
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError, file_errors
 from refseg_jax.logging import read_metrics
@@ -222,9 +222,10 @@ def other_data(
     own, scored = (set_name(c.data.dataset, c.data.split_by) for c in (trained, config))
     if scored != own:
         return f"-{scored}"
-    known = checkpoint.trained_on(workdir)
-    if known is None or scored == "shapes":
-        return "" if trained.data.get("merged") == config.data.get("merged") else f"-{scored}"
+    known = None if scored == "shapes" else checkpoint.trained_on(workdir)
+    if known is None:
+        of, now = (list(c.data.get("merged", ())) for c in (trained, config))
+        return "" if scored != MERGED or of == now else f"-{scored}"
     was = known.pop("root", str(trained.data.root).rstrip("/"))
     root = data.absolute_root(config.data)
     if root == was:

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -312,6 +313,14 @@ def test_scores_on_other_data_of_the_same_name_do_not_replace_the_runs_own(tmp_p
         return run.other_data(trained, config, workdir)
 
     assert named(other) == ""  # A run of an older version does not know.
+    stored = trained.copy_and_resolve_references()
+    trained.data.update(dataset="merged", merged=("a_unc", "b_unc"))
+    config = trained.copy_and_resolve_references()
+    trained = ml_collections.ConfigDict(json.loads(trained.to_json()))
+    assert run.other_data(trained, config, workdir) == ""
+    config.data.merged = ("a_unc",)
+    assert run.other_data(trained, config, workdir) == "-merged"
+    trained = stored
     found = data.identity(data.open_source(trained.data, "train"))
     checkpoint.check_data(workdir, found, resumed=False)
     assert named(mine) == named(f"{mine}/") == named(moved) == ""
