@@ -43,6 +43,7 @@ def test_to_one_process_signals_do_what_they_ever_did():
 
 
 def test_a_start_is_ended_at_once(monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main.end_on_signals()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # As of a program in a script's background.
