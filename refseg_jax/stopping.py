@@ -19,8 +19,12 @@ class Stopped(UserError):
     would have ended.
     """
 
-    def __init__(self, message: str, name: str):
-        super().__init__(message, INTERRUPTED if name == "SIGINT" else TERMINATED)
+    def __init__(self, name: str, step: int):
+        super().__init__(
+            f"stopped by {name} at step {step}, which is saved: "
+            "run the same command again to go on",
+            INTERRUPTED if name == "SIGINT" else TERMINATED,
+        )
 
 
 class StopRequest:
@@ -66,7 +70,7 @@ class StopRequest:
     def __exit__(self, *exc):
         self._restore()
         if self._several and self._caught:  # Nobody would heed it from here on.
-            stopped = isinstance(exc[1], Stopped)
+            stopped = isinstance(exc[1], Stopped) or (exc[1] is None and self.signal)
             signal.signal(signal.SIGTERM, signal.SIG_IGN if stopped else signal.SIG_DFL)
 
 

@@ -345,22 +345,12 @@ def train(
             _loop(trainer, checkpoints, writer, stop, first, start, workdir)
         finally:
             writer.close()
-        if stop.signal:  # After the last step.
-            raise _stopped(stop, trainer.steps)
-    if stop.signal:  # While it was saved.
-        raise _stopped(stop, trainer.steps)
+    if stop.signal:  # After the last step, or while it was saved.
+        raise Stopped(stop.signal, trainer.steps)
     summary = {"steps": trainer.steps}
     if first.seconds is not None:
         summary["seconds_to_first_step"] = round(first.seconds, 1)
     return summary
-
-
-def _stopped(stop: StopRequest, step: int) -> Stopped:
-    return Stopped(
-        f"stopped by {stop.signal} at step {step}, which is saved: "
-        "run the same command again to go on",
-        stop.signal,
-    )
 
 
 def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
@@ -381,7 +371,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     def score(step, state):
         def put(batch):
             if stop.signal:  # The step is saved, and scored when the run goes on.
-                raise _stopped(stop, step)
+                raise Stopped(stop.signal, step)
             return to_device(batch, trainer.mesh)
 
         variables = state.variables()
@@ -436,7 +426,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
             check_finite("the parameters' norm", float(norm(state.params)), step)  # nor its update.
             checkpoints.save_last(state)
             if stopping:
-                raise _stopped(stop, step)
+                raise Stopped(stop.signal, step)
             if evaluating:
                 score(step, state)
             record.restart_clock()
