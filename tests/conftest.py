@@ -1,7 +1,7 @@
 """Fixtures: where the real photographs and the released models' outputs lie, if they are here."""
 
-import functools
 import gc
+import itertools
 import os
 import pathlib
 
@@ -87,6 +87,25 @@ def _slice_at_numbers(patch):
     patch.setattr(discharge, "_maybe_convert_to_dynamic_slice", slice_at)
 
 
+def _check_blocks(grid, out_specs, compiler_params, **_):
+    """Each block of results is written by one core, in steps that follow one another.
+
+    Of what a grid calls parallel, each of a TPU's two cores may take a part; and a block that is
+    come back to is not read again. Interpreted kernels know neither.
+    """
+    import jax
+
+    parallel = [i for i, x in enumerate(compiler_params.dimension_semantics) if x == "parallel"]
+    for spec in jax.tree.leaves(out_specs):
+        with jax.ensure_compile_time_eval():
+            steps = [
+                (tuple(map(int, spec.index_map(*step))), *(step[i] for i in parallel))
+                for step in itertools.product(*map(range, grid))
+            ]
+        blocks = [block for (block, *_), _ in itertools.groupby(steps)]
+        assert len(blocks) == len(set(blocks)), f"{spec} writes to a block twice"
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     """Kernels run on the CPU, in any dtype; for the rest of the module.
@@ -97,7 +116,12 @@ def interpreted():
     import jax
     from jax.experimental import pallas as pl
 
-    interpret = functools.partial(pl.pallas_call, interpret=True)
+    pallas_call = pl.pallas_call
+
+    def interpret(kernel, **options):
+        _check_blocks(**options)
+        return pallas_call(kernel, **({"interpret": True} | options))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jax.experimental.pallas.pallas_call", interpret)
         _slice_at_numbers(patch)
