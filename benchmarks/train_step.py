@@ -9,7 +9,8 @@ benchmarks/pytorch under autocast, eager and under torch.compile: the same weigh
 groups and noise, but images that are normalised already. Every side has a process of its own, and
 in each round all take turns. Each `--xla_flags`, flags with spaces between, is one side more: ours
 with them, which shows what they are worth. Where there is no GPU they run on the CPU, and `--small`
-shrinks the models. A JSON line per model and side, with "error" if it failed, or
+shrinks the models. What each process found goes to stderr when it ends. A JSON line per model and
+side, with "error" if it failed, or
 
 - step_s: median over windows of `--steps` steps, and step_s_range their extremes;
 - mfu: model_tflops (products and convolutions of our forward pass, times 3, for every side) over
@@ -299,12 +300,14 @@ def main(argv: list[str]) -> int:
         sides |= {f"ours {each}": ("ours", each) for each in flags.xla_flags}
         rounds = {side: [] for side in sides}
         with tempfile.TemporaryDirectory() as cache:
-            for _ in range(flags.rounds):
+            for number in range(1, flags.rounds + 1):
                 for side, results in rounds.items():
                     if not results or "error" not in results[-1]:
                         kind, xla_flags = sides[side]
                         only = [*argv, "--model", name, "--side", kind]
                         results.append(launch(only, xla_flags, flags.timeout, cache))
+                        about = f"{name}, {side}, round {number}: {json.dumps(results[-1])}"
+                        print(about, file=sys.stderr, flush=True)
         flops = model_flops(step_config(name, flags), flags.batch)
         lines = {side: summary(each, flops, flags.batch) for side, each in rounds.items()}
         for side, line in lines.items():
