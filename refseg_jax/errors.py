@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -15,6 +16,8 @@ UNUSABLE = (
 
 # Exit statuses, as a shell has them, of what SIGINT and SIGTERM ended.
 INTERRUPTED, TERMINATED = 130, 143
+# And of what wrote to someone who had gone, as `head` does.
+UNREAD = 141
 
 
 class UserError(Exception):
@@ -41,19 +44,27 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Makes a UserError in `main`, of a bucket or a file, one line on stderr and its status."""
+    """Makes a UserError in `main`, of a bucket or a file, one line on stderr and its status.
+
+    Where nobody reads stdout any more, it ends without a word.
+    """
 
     @functools.wraps(main)
     def checked(*args) -> int:
         try:
             with bucket_errors(), file_errors():
-                return main(*args)
+                status = main(*args)
+                sys.stdout.flush()
+                return status
         except UserError as e:
             say(f"error: {' '.join(str(e).split())}")
             return e.status
         except KeyboardInterrupt:
             say("stopped")
             return INTERRUPTED
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest at its end.
+            return UNREAD
 
     return checked
 

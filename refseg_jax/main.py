@@ -34,7 +34,8 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise UserError("--config is missing, e.g. --config configs/alignformer.py")
         file = flags.FLAGS["config"].config_filename.partition(":")[0]
         if not os.path.exists(file):
-            raise UserError(f"there is no config file {file}; one is configs/alignformer.py")
+            ours = pathlib.Path(__file__).resolve().parents[1] / "configs/alignformer.py"
+            raise UserError(f"there is no config file {file}; one is {ours}")
         flags.FLAGS.config.lock()  # A config that could not be loaded says so at its first use.
         if len(remaining) > 1:
             raise UserError(f"unexpected argument {remaining[1]!r}")
@@ -113,7 +114,7 @@ def main(_: list[str]) -> None:
     # configs/alignformer.py:refcoco,small -> runs/alignformer_refcoco_small
     path, _, variant = flags.FLAGS["config"].config_filename.partition(":")
     default = "_".join([f"runs/{pathlib.Path(path).stem}", *filter(None, variant.split(","))])
-    workdir = flags.FLAGS.workdir or default
+    workdir = os.path.expanduser(flags.FLAGS.workdir or default)  # No shell does, behind a "=".
     processes.use_compile_cache()
     peers = None
     try:

@@ -290,7 +290,6 @@ def evaluate_run(
     everything = {**results, **shuffled}
     report = epath.Path(workdir) / f"report{of_which}.html"
     if jax.process_index() == 0:
-        print(evaluate.format_table(everything))
         results_path = epath.Path(workdir) / f"results{of_which}.json"
         evaluate.write_json(results_path, everything, step=step)
         write_report(
@@ -313,6 +312,7 @@ def evaluate_run(
                 config.data.letterbox,
             ),
         )
+        print(evaluate.format_table(everything))  # Last, for nobody may be there to read it.
     summary = {"best_step": step}
     for split, result in results.items():
         summary |= {f"{split}/{name}": round(v, 4) for name, v in result.headline.items()}

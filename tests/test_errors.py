@@ -1,11 +1,15 @@
 """How a command ends: with one line and a status."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from refseg_jax.data.files import write_whole
 from refseg_jax.errors import TERMINATED, UserError, command
+from tests.conftest import REPO
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_whole(path, "newer")
     assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_who_reads_no_more_gets_no_traceback():
+    program = "import sys; from refseg_jax.errors import command; sys.exit(command(lambda: {})())"
+    for written in "print('x' * 10**6)", "print('x')":
+        read, write = os.pipe()
+        os.close(read)
+        code = program.format(f"{written} or 0")
+        process = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPO, stdout=write, stderr=subprocess.PIPE
+        )
+        os.close(write)
+        assert (process.returncode, process.stderr) == (141, b"")

@@ -67,7 +67,7 @@ def look(
                 report(EMPTY, where)
             elif mask.all():
                 report(WHOLE, where)
-        objects[ref.image_id].update(ref.ann_ids)
+        objects[image].update(ref.ann_ids)
         values["sentences_per_ref"].append(len(ref.sentences))
         for sentence in ref.sentences:
             found = _WORD.findall(sentence.text.lower())
