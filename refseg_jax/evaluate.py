@@ -12,6 +12,7 @@ Where some expressions of a split fit nothing (gRefCOCO), its scores are the gen
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -212,6 +213,8 @@ def evaluate(
     keep_examples = 0 if shuffle_text else keep_examples
     first_process = jax.process_index() == 0
     rows, kept = [], {}
+    # The sentences of a ref follow each other.
+    annotated = functools.lru_cache(maxsize=1)(lambda i: source.mask(source[i]))
     with (
         contextlib.closing(train_iterator(batches, workers=workers, threads=threads)) as loaded,
         tqdm(
@@ -229,16 +232,16 @@ def evaluate(
                 rows.append((j, 0, 0, 0, 0))
                 if j < 0:
                     continue
-                ref = source[source.locate(j)[0]]
+                i, _ = source.locate(j)
                 if protocol == "original":
-                    truth = source.mask(ref)
+                    truth = annotated(i)
                     values = transforms.resize_map(values, *truth.shape, letterbox, bicubic)
                 mask = values > threshold
                 if protocol == "input" and letterbox:  # Around the picture there is nothing.
-                    place = transforms.place(*source.mask(ref).shape, image_size, True)
+                    place = transforms.place(*annotated(i).shape, image_size, True)
                     mask &= _within(place, image_size)
                 mask &= mask.sum() >= no_target_area
-                rows[-1] = (j, *overlap(mask, truth), mask.sum(), bool(ref.ann_ids))
+                rows[-1] = (j, *overlap(mask, truth), mask.sum(), bool(source[i].ann_ids))
                 if keep_examples:
                     kept[j] = zlib.compress(np.packbits(mask), 1)
             bar.update()
@@ -388,6 +391,8 @@ def format_table(results: Mapping[str, Result]) -> str:
 def to_json(result: Result) -> dict[str, Any]:
     """Everything of a result but the pictures and the single sentences."""
 
+    area = result.no_target_area
+
     def scores(counts: Counts) -> dict[str, Any]:
         # JSON has no NaN.
         metrics = counts.metrics(result.generalized)
@@ -399,7 +404,7 @@ def to_json(result: Result) -> dict[str, Any]:
         "split": result.split,
         "protocol": result.protocol,
         "threshold": result.threshold,
-        **({"no_target_area": result.no_target_area} if result.generalized else {}),
+        **({"no_target_area": area} if result.generalized or area else {}),
         "shuffled": result.shuffled,
         "truncated": result.truncated,
         "seconds": round(result.seconds, 2),

@@ -1,5 +1,6 @@
 """The sweep: every sentence once, both protocols, the control, one process and two."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -101,6 +102,29 @@ def test_every_sentence_is_scored_once_whatever_the_batch_size():
     assert {kind: len(counts) for kind, counts in results[0].by_kind.items()} == {
         "long": 5,
         "short": 5,
+    }
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_the_sentences_of_a_ref_share_is_read_once(protocol):
+    """A picture and a mask for the batch, and the mask once more where it is scored."""
+    seen = []
+
+    class Counting(Halves):
+        def image(self, ref):
+            seen.append(("image", ref.ref_id))
+            return np.zeros((24, 20, 3), np.uint8)
+
+        def mask(self, ref):
+            seen.append(("mask", ref.ref_id))
+            return super().mask(ref)
+
+    plain = sweep(reading, letterbox=True, protocol=protocol)
+    counted = sweep(reading, Counting(), letterbox=True, protocol=protocol)
+    np.testing.assert_array_equal(counted.counts.intersection, plain.counts.intersection)
+    np.testing.assert_array_equal(counted.counts.union, plain.counts.union)
+    assert collections.Counter(seen) == {
+        (kind, i): times for i in range(5) for kind, times in (("image", 1), ("mask", 2))
     }
 
 
@@ -208,6 +232,8 @@ def test_table_and_json(tmp_path):
     assert stored["results"]["val"]["mIoU"] == 1 and stored["results"]["control"]["shuffled"]
     assert stored["results"]["val"]["by_kind"]["short"]["sentences"] == 5
     assert not {"gIoU", "no_target_area"} & set(stored["results"]["val"])
+    write_json(tmp_path / "r.json", {"val": sweep(reading, no_target_area=3)})
+    assert json.loads((tmp_path / "r.json").read_text())["results"]["val"]["no_target_area"] == 3
 
 
 @pytest.fixture(scope="module")

@@ -248,6 +248,24 @@ def test_evaluation_takes_every_sentence_in_order(batch_size):
     assert (padding["tokens"] == WORDS.pad_id).all() and not padding["token_mask"].any()
 
 
+def test_a_picture_that_refs_share_is_read_once_for_a_batch():
+    read = []
+
+    class OfPairs(ToySource):
+        def image(self, ref):
+            read.append(ref.ref_id)
+            return np.full((*self.size, 3), ref.ref_id // 2, np.uint8)
+
+    class Placed(OfPairs):
+        def image_place(self, ref):
+            return str(ref.ref_id // 2)
+
+    expected = list(eval_batches(OfPairs()))
+    read.clear()
+    assert_same(list(eval_batches(Placed())), expected)
+    assert read == [0, 2, 4, 4]  # Batches of four sentences, of refs 0111 2234 444.
+
+
 def test_evaluation_has_as_many_batches_on_every_process():
     whole = list(eval_batches())
     parts = [list(eval_batches(process_index=p, process_count=4)) for p in range(4)]

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -81,6 +82,10 @@ class _Batches:
                 return found
         return resize_image(source.image(ref), *square)
 
+    def _mask(self, ref: Ref) -> np.ndarray:
+        """bool [S, S]"""
+        return resize_mask(self.source.mask(ref), self.image_size, self.letterbox)
+
     def _load(self, sentences: Sequence[int], texts: Sequence[int]) -> Batch:
         """Image and mask of `sentences`, words of `texts` (sentence numbers); -1 pads."""
         rows, size = len(sentences), self.image_size
@@ -92,12 +97,19 @@ class _Batches:
             "valid": np.array(sentences) >= 0,
             "index": np.array(sentences, np.int32),
         }
+        # First rows of a picture, and of a ref: what sentences share is read once.
+        pictures: dict[Any, int] = {}
+        refs: dict[int, int] = {}
         for row in np.flatnonzero(batch["valid"]):
-            ref = self.source[self.source.locate(sentences[row])[0]]
+            i, _ = self.source.locate(sentences[row])
             text_ref, which = self.source.locate(texts[row])
             said = self.source[text_ref].sentences[which]
-            batch["image"][row] = self._picture(ref)
-            batch["mask"][row] = resize_mask(self.source.mask(ref), size, self.letterbox)
+            ref, images, masks = self.source[i], batch["image"], batch["mask"]
+            place = self.source.image_place(ref) if hasattr(self.source, "image_place") else i
+            seen = pictures.setdefault(place, row)
+            images[row] = self._picture(ref) if seen == row else images[seen]
+            seen = refs.setdefault(i, row)
+            masks[row] = self._mask(ref) if seen == row else masks[seen]
             try:
                 encoded = _encode(self.tokenizer, said.text, self.max_tokens)
             except UserError as error:
