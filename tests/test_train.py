@@ -214,7 +214,7 @@ def test_a_changed_config_is_not_resumed(tmp_path):
         run.prepare(tiny.config(optim__lr=0.1), str(tmp_path))
 
 
-def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path, toy):
+def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path, monkeypatch, toy):
     make = tiny.config(train__steps=1, eval__limit_in_training=3)
     train.train(make, run.prepare(make, str(tmp_path / "a")), str(tmp_path / "a"))
     # As a damaged one is to be deleted, the finished run makes another best checkpoint.
@@ -226,11 +226,12 @@ def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path, toy
     differs = r"differs in model.dim: 16 there, 32 now\): .* does not fit this model .*has shape"
     with pytest.raises(UserError, match=differs):
         train.train(config, run.prepare(config, str(tmp_path / "b")), str(tmp_path / "b"))
-    same = tiny.config(init__checkpoint=str(tmp_path / "a"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    same = tiny.config(init__checkpoint="~/a")
     trainer = None
     with checkpoint.Checkpoints(str(tmp_path / "c")) as checkpoints:
         trainer = train.Trainer(same, run.prepare(same, str(tmp_path / "c")), checkpoints)
-    assert trainer.origin == f"all parameters from {tmp_path / 'a'}"
+    assert trainer.origin == "all parameters from ~/a"
     other = tiny.config(
         init__checkpoint=str(tmp_path / "a"), model__heads=1, model__bert__dropout=0.2
     )

@@ -39,7 +39,7 @@ def convert_darknet(path: str | pathlib.Path, variables: Mapping) -> Conversion:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a darknet .weights file")
     content = path.read_bytes()
-    version = np.frombuffer(content[:8], "<i4")
+    version = np.frombuffer(content[:8].ljust(8, b"\0"), "<i4")
     # Three numbers of the version, then how many images were seen, int64 since version 0.2.
     header = 20 if version.tolist() >= [0, 2] else 16
     numbers = np.frombuffer(content[header : len(content) // 4 * 4], "<f4")

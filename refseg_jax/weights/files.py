@@ -1,5 +1,6 @@
 """Any checkpoint file -> numpy arrays by name: safetensors, PyTorch's, in shards, from a hub."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -18,6 +19,8 @@ from refseg_jax.weights.pytorch import PICKLE_START, ZIP_START, read_pytorch
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 # open_clip's, beside which the others may be those of its image encoder alone.
 OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# Hugging Face's and open_clip's.
+SETTINGS = ("config.json", "open_clip_config.json")
 _SHARDED = tuple(f"{name}.index.json" for name in _WHOLE)
 
 _READABLE = "give safetensors, a file of torch.save, a directory with one, or a Hugging Face name"
@@ -37,11 +40,13 @@ class Checkpoint(NamedTuple):
     beside: list[str]
 
 
-def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> Checkpoint:
+def read_checkpoint(
+    source: str | pathlib.Path, first: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+) -> Checkpoint:
     """Reads a file, a directory's `model.safetensors` or `pytorch_model.bin`, or a hub's.
 
-    Files of the names `first` come before those two. A bucket's (gs://) are copied for as long as
-    they are read.
+    Files of the names `first` come before those two. A hub gives those `beside` it, too, if it has
+    them. A bucket's (gs://) are copied for as long as they are read.
     What is not found here but could be a Hugging Face name is asked for there (or in its cache).
     The format is told by the content. No code in a file is ever run.
 
@@ -50,16 +55,16 @@ def read_checkpoint(source: str | pathlib.Path, first: tuple[str, ...] = ()) -> 
             pickle that names code.
     """
     try:
-        path = _locate(source, (*first, *_WHOLE))
+        path = _locate(source, (*first, *_WHOLE), beside)
     except OSError as error:  # Such as a name that is too long for one.
         raise UserError(f"no checkpoint at {source} ({error.strerror}): {_READABLE}") from error
     return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
 
 
-def settings_beside(path: pathlib.Path) -> dict[str, Any]:
-    """What Hugging Face's config.json beside a checkpoint says; {} where there is none."""
+def settings_beside(path: pathlib.Path, name: str) -> dict[str, Any]:
+    """What the settings beside a checkpoint, one of SETTINGS, say; {} where there are none."""
     try:
-        settings = json.loads((path.parent / "config.json").read_text())
+        settings = json.loads((path.parent / name).read_text())
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -114,7 +119,9 @@ def _read_file(path: pathlib.Path) -> Checkpoint:
     raise UserError(f"{path} is no checkpoint of a kind that can be read: {_READABLE}")
 
 
-def _locate(source: str | pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
+def _locate(
+    source: str | pathlib.Path, names: tuple[str, ...], beside: tuple[str, ...]
+) -> pathlib.Path:
     path = place_of(source)
     if path.is_dir():
         for name in (*names, *_SHARDED):
@@ -126,23 +133,27 @@ def _locate(source: str | pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
     name = r"[\w-][\w.-]*"
     if path.exists() or known or not re.fullmatch(rf"{name}(/{name})?", str(source)):
         return path
-    return _download(str(source), names)
+    return _download(str(source), names, beside)
 
 
-def _download(name: str, files: tuple[str, ...]) -> pathlib.Path:
+def _download(name: str, files: tuple[str, ...], beside: tuple[str, ...]) -> pathlib.Path:
     import huggingface_hub  # Slow to import, and only names need it.
 
     def fetch(file: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
 
+    absent = OSError, ValueError, huggingface_hub.errors.EntryNotFoundError
     reasons = []
     for file in (*files, *_SHARDED):
         try:
             found = fetch(file)
             for shard in sorted(set(_places(found).values())) if file in _SHARDED else ():
                 fetch(shard)
+            for more in beside:
+                with contextlib.suppress(*absent):
+                    fetch(more)
             return found
-        except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
+        except absent as error:
             reasons.append(f"{file}: {str(error).strip().splitlines()[0]}")
     raise UserError(
         f"{name} is neither a file or directory here nor a model that Hugging Face can give "

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from refseg_jax import checkpoint
 from refseg_jax.errors import UserError
 from refseg_jax.weights import clip, darknet, hf, microsoft, released, resnet
-from refseg_jax.weights.files import OPEN_CLIP, read_checkpoint, settings_beside
+from refseg_jax.weights.files import OPEN_CLIP, SETTINGS, place_of, read_checkpoint, settings_beside
 from refseg_jax.weights.tables import Conversion, Table, brief, closest, convert_variables
 
 # A source, and the variables (shapes) of an encoder -> these, filled.
@@ -33,16 +32,21 @@ def _by(*tables: Table) -> Load:
 
 def _clip(source: str, variables: Any) -> Conversion:
     """Both encoders; of Hugging Face's, whose images are a ViT's, the text encoder alone."""
-    path, arrays, _ = read_checkpoint(source, OPEN_CLIP)
-    if not clip.is_hf(arrays):
-        return clip.convert_clip(arrays, variables)
-    settings = settings_beside(path)
-    activation = (settings.get("text_config") or settings).get("hidden_act", "quick_gelu")
+    path, arrays, _ = read_checkpoint(source, OPEN_CLIP, SETTINGS)
+    is_hf = clip.is_hf(arrays)
+    activation = "quick_gelu"
+    theirs, open_clip = (settings_beside(path, name) for name in SETTINGS)
+    if is_hf:
+        activation = (theirs.get("text_config") or theirs).get("hidden_act", activation)
+    elif path.name in OPEN_CLIP and "model_cfg" in open_clip:
+        activation = "quick_gelu" if open_clip["model_cfg"].get("quick_gelu") else "gelu"
     if activation != "quick_gelu":
         raise UserError(
             f"{path} is of a text encoder that computes {activation}, ours computes quick_gelu, as "
             "OpenAI's do"
         )
+    if not is_hf:
+        return clip.convert_clip(arrays, variables)
     done = clip.convert_clip_text(arrays, {"params": variables["params"]["text"]})
     return dataclasses.replace(done, tree={"params": {"text": done.tree["params"]}})
 
@@ -59,12 +63,12 @@ ENCODERS: Mapping[str, Load] = {
 PARTS: Mapping[str, tuple[str, ...]] = {"clip": ("vision", "text")}
 
 
-def _differs(source: str, config: ml_collections.ConfigDict) -> str:
+def _differs(run: str, config: ml_collections.ConfigDict) -> str:
     """In which of the model's fields a run differs, but for what its parameters do not tell of."""
     training = ("dropout", "drop_path", "dtype", "remat", "cudnn")
     changed = [
         field
-        for field in checkpoint.changed_fields(checkpoint.read_config(source), config)
+        for field in checkpoint.changed_fields(checkpoint.read_config(run), config)
         if field.startswith("model.") and field.partition(":")[0].rpartition(".")[2] not in training
     ]
     return f" (differs in {', '.join(changed[:8])})" if changed else ""
@@ -81,15 +85,16 @@ def load_initial(config: ml_collections.ConfigDict, variables: Any) -> tuple[dic
       UserError: a file is missing, damaged, or does not fit.
     """
     source = config.init.checkpoint
-    if source and (epath.Path(source) / checkpoint.CONFIG_FILE).exists():
+    run = str(place_of(source))
+    if source and (place_of(source) / checkpoint.CONFIG_FILE).exists():
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         try:
-            loaded = checkpoint.load_variables(source, variables, here)
+            loaded = checkpoint.load_variables(run, variables, here)
         except UserError as error:
-            differs = _differs(source, config) if "does not fit" in str(error) else ""
+            differs = _differs(run, config) if "does not fit" in str(error) else ""
             raise UserError(f"config.init.checkpoint={source}{differs}: {error}") from error
         # Some of it shows in no array's shape, such as the heads of an attention.
-        found = f"all parameters from {source}{_differs(source, config)}"
+        found = f"all parameters from {source}{_differs(run, config)}"
         return jax.tree.map(np.asarray, loaded), found
     if source:
         if config.model.name not in released.TABLES:

@@ -142,7 +142,9 @@ class _Unpickler(pickles.Unpickler):
                 pass
 
         # Made anew for each file: a pickle may set attributes on what it is given.
-        def tensor(storage, offset, shape, stride, *_):
+        def tensor(storage, offset, shape, stride, requires_grad=False, hooks=None, metadata=None):
+            if metadata:  # Such as that the numbers count with the other sign.
+                raise ValueError(f"a tensor is marked {metadata!r:.100}, which is not known")
             return _Tensor(storage, offset, shape, stride)
 
         def first(data, *_):
@@ -213,6 +215,9 @@ def read_pytorch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def _read_archive(file: BinaryIO, path: pathlib.Path) -> tuple[dict[str, np.ndarray], list[str]]:
     with zipfile.ZipFile(file) as archive:
+        # Else a small file could be read as many large ones.
+        if sum(info.compress_size for info in archive.infolist()) > os.fstat(file.fileno()).st_size:
+            raise ValueError("its members overlap")
 
         def member(name: str) -> bytes:
             info = archive.getinfo(name)

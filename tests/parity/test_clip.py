@@ -332,6 +332,14 @@ def test_open_clip_s_names_come_first(openai, tmp_path):
     model = models.build(config.model)
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), 64, 8))
     assert load_initial(config, variables)[0]["params"].keys() == {"vision", "text"}
+    settings = {"embed_dim": VISION.embed_dim, "quick_gelu": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    (tmp_path / "config.json").write_text('{"hidden_act": "gelu"}')  # Of something else.
+    load_initial(config, variables)
+    del settings["quick_gelu"]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    with pytest.raises(UserError, match="computes gelu, ours computes quick_gelu"):
+        load_initial(config, variables)
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -150,6 +150,8 @@ def test_hub_names(tmp_path, monkeypatch):
         asked.clear()
         check(read_checkpoint(name))
         assert asked == [(name, "model.safetensors"), (name, "pytorch_model.bin")]
+        read_checkpoint(name, beside=("config.json",))
+        assert asked[-1] == (name, "config.json")
     (tmp_path / "bert-base-uncased").mkdir()  # What lies here comes first.
     safetensors.numpy.save_file(STATE, tmp_path / "bert-base-uncased" / "model.safetensors")
     asked.clear()

@@ -231,6 +231,11 @@ def test_other_backbones(tmp_path):
     expected = darknet_from_file(config.init.darknet, models.build(config.model).config.darknet)
     equal(loaded, {kind: {"darknet": tree} for kind, tree in expected.items()})
 
+    for length in (1, 3, 6, 19, 24):
+        (tmp_path / "darknet.weights").write_bytes(header[:length].ljust(length, b"x"))
+        with pytest.raises(UserError, match="ends after [01] numbers"):
+            darknet_from_file(config.init.darknet, models.build(config.model).config.darknet)
+
     numbers[3] = np.inf
     (tmp_path / "darknet.weights").write_bytes(header + numbers.tobytes())
     with pytest.raises(UserError, match="not finite in stem_0"):

@@ -3,6 +3,7 @@
 import argparse
 import builtins
 import collections
+import copy
 import datetime
 import os
 import pathlib
@@ -239,6 +240,27 @@ def test_impossible_layouts(tmp_path):
         torch.save({"a": Tensor(*layout)}, tmp_path / "file.pth")
         with pytest.raises(UserError, match="a (is larger than its storage|has an impossible)"):
             read_pytorch(tmp_path / "file.pth")
+
+
+def test_numbers_that_count_with_the_other_sign_are_refused(save):
+    """PyTorch marks them so instead of turning them; no checkpoint has any."""
+    path = save({"a": torch._neg_view(torch.ones(3))})
+    assert torch.load(path)["a"].tolist() == [-1] * 3
+    with pytest.raises(UserError, match="marked {'neg': True}"):
+        read_pytorch(path)
+
+
+def test_a_small_file_is_not_read_as_many_large_ones(tmp_path):
+    """Two members of a zip archive that lie in the same place."""
+    torch.save({"a": torch.ones(50_000), "b": torch.zeros(5)}, tmp_path / "file.pth")
+    with zipfile.ZipFile(tmp_path / "file.pth", "a") as archive:
+        (large,) = (i for i in archive.infolist() if i.file_size == 200_000)
+        twin = copy.copy(large)
+        twin.filename = large.filename[:-1] + "7"
+        archive.filelist.append(twin)
+        archive._didModify = True
+    with pytest.raises(UserError, match="overlap"):
+        read_pytorch(tmp_path / "file.pth")
 
 
 def test_other_zip_files(tmp_path):
