@@ -37,6 +37,21 @@ def say(text: str) -> None:
     print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
+def tell(*lines: str) -> None:
+    """Writes to stdout what is left and these, if anyone reads it. UserError: its disk is full."""
+    try:
+        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+    except OSError as e:
+        close_stdout()
+        if not isinstance(e, BrokenPipeError):
+            raise UserError(f"stdout: {e.strerror}") from e
+
+
+def close_stdout() -> None:
+    """What is, and is still to be, written there goes nowhere: Python writes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
     """One line on stderr, and the end with that exit status."""
     say(f"error: {' '.join(message.split())}")
@@ -63,7 +78,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             say("stopped")
             return INTERRUPTED
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest at its end.
+            close_stdout()
             return UNREAD
 
     return checked

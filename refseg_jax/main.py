@@ -12,7 +12,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from refseg_jax.errors import INTERRUPTED, TERMINATED, UserError, bucket_errors, fail, say
+from refseg_jax.errors import INTERRUPTED, TERMINATED, UserError, bucket_errors, fail, say, tell
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/, with `:variant` if wanted.")
 flags.DEFINE_string("workdir", None, "The run's directory (default: runs/ and the config's name).")
@@ -41,7 +41,8 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise UserError(f"unexpected argument {remaining[1]!r}")
         check_processes(*process_flags())
         return remaining
-    except SystemExit:  # After --help, which to absl is a failure.
+    except (SystemExit, BrokenPipeError):  # After --help, which to absl is a failure.
+        tell()
         sys.exit(0)
     except (flags.Error, UserError, ValueError, AttributeError, KeyError, OSError, TypeError,
             ImportError, SyntaxError) as e:  # fmt: skip
@@ -126,6 +127,9 @@ def main(_: list[str]) -> None:
         with bucket_errors():
             summary = run.run(flags.FLAGS.config, workdir, flags.FLAGS.mode, begun)
         gc.collect()  # Lets go of memory shared with input workers: Python would call it leaked.
+        if jax.process_index() == 0:
+            summary["seconds"] = round(time.time() - begun, 1)
+            tell(json.dumps(summary))
     except UserError as e:
         traceback.clear_frames(e.__traceback__)
         gc.collect()  # As above.
@@ -143,9 +147,6 @@ def main(_: list[str]) -> None:
             say("stopped")
             sys.exit(INTERRUPTED)
         raise
-    if jax.process_index() == 0:
-        summary["seconds"] = round(time.time() - begun, 1)
-        print(json.dumps(summary), flush=True)
 
 
 if __name__ == "__main__":

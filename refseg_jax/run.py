@@ -15,7 +15,7 @@ from refseg_jax.data.files import locked
 from refseg_jax.data.pipeline import CannotShuffle
 from refseg_jax.data.sets import MERGED, set_name
 from refseg_jax.data.tokenizer import Tokenizer
-from refseg_jax.errors import UserError, file_errors
+from refseg_jax.errors import UserError, file_errors, tell
 from refseg_jax.logging import read_metrics
 from refseg_jax.predict import load_run, make_predict_step
 from refseg_jax.report import write_report
@@ -312,7 +312,7 @@ def evaluate_run(
                 config.data.letterbox,
             ),
         )
-        print(evaluate.format_table(everything))  # Last, for nobody may be there to read it.
+        tell(evaluate.format_table(everything))
     summary = {"best_step": step}
     for split, result in results.items():
         summary |= {f"{split}/{name}": round(v, 4) for name, v in result.headline.items()}

@@ -59,14 +59,32 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
 
 
+def _ended(argv, stdout):
+    """(status, stderr) of Python where it writes to that."""
+    done = subprocess.run([sys.executable, *argv], cwd=REPO, stdout=stdout, stderr=subprocess.PIPE)
+    return done.returncode, done.stderr.decode()
+
+
 def test_who_reads_no_more_gets_no_traceback():
-    program = "import sys; from refseg_jax.errors import command; sys.exit(command(lambda: {})())"
+    read, write = os.pipe()
+    os.close(read)
+    program = "import sys; from refseg_jax.errors import command, tell; sys.exit({})"
+    whole = "command(lambda: {} or 0)()"
     for written in "print('x' * 10**6)", "print('x')":
-        read, write = os.pipe()
-        os.close(read)
-        code = program.format(f"{written} or 0")
-        process = subprocess.run(
-            [sys.executable, "-c", code], cwd=REPO, stdout=write, stderr=subprocess.PIPE
-        )
-        os.close(write)
-        assert (process.returncode, process.stderr) == (141, b"")
+        assert _ended(["-c", program.format(whole.format(written))], write) == (141, "")
+    # Of a long command what matters lies in files.
+    assert _ended(["-c", program.format("tell('x', 'y') or tell('x' * 10**6) or 3")], write) == (
+        3,
+        "",
+    )
+    assert _ended(["-m", "refseg_jax.main", "--help"], write) == (0, "")
+    os.close(write)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="not Linux")
+def test_a_full_disk_beneath_stdout_is_named():
+    program = (
+        "import sys; from refseg_jax.errors import command, tell; sys.exit(command(tell)('x'))"
+    )
+    with open("/dev/full", "w") as full:
+        assert _ended(["-c", program], full) == (2, "error: stdout: No space left on device\n")
