@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -29,6 +30,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     # What a config imports lies beside this package, wherever the command is given.
     sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
     try:
+        # No shell puts a home directory behind a "=".
+        argv = [
+            re.sub(r"(?<==)~(?=/|$)", lambda _: os.path.expanduser("~"), a, count=1) for a in argv
+        ]
         remaining = flags.FLAGS(argv)
         if flags.FLAGS.config is None:
             raise UserError("--config is missing, e.g. --config configs/alignformer.py")
@@ -115,7 +120,7 @@ def main(_: list[str]) -> None:
     # configs/alignformer.py:refcoco,small -> runs/alignformer_refcoco_small
     path, _, variant = flags.FLAGS["config"].config_filename.partition(":")
     default = "_".join([f"runs/{pathlib.Path(path).stem}", *filter(None, variant.split(","))])
-    workdir = os.path.expanduser(flags.FLAGS.workdir or default)  # No shell does, behind a "=".
+    workdir = flags.FLAGS.workdir or default
     processes.use_compile_cache()
     peers = None
     try:

@@ -82,6 +82,16 @@ def test_a_config_is_found_from_elsewhere(tmp_path):
     assert done.returncode == 2 and done.stderr == "error: No module named 'nonsense'\n"
 
 
+def test_a_home_is_found_behind_an_equals_sign(tmp_path):
+    (tmp_path / "data").mkdir()
+    done = main(
+        *("--config=configs/alignformer.py:refcoco", "--config.data.tokenizer=shapes"),
+        *("--config.data.root=~/data", "--workdir=~/run"), HOME=str(tmp_path),
+    )  # fmt: skip
+    expected = f"config.data.root={tmp_path}/data: {tmp_path}/data/refcoco/"
+    assert done.returncode == 2 and expected in done.stderr, done.stderr
+
+
 def small(workdir):
     """Arguments for a run of the tiny config."""
     config = "--config", "configs/alignformer.py"
