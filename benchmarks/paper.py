@@ -92,6 +92,13 @@ def positive(text: str) -> int:
     return number
 
 
+def integers(text: str) -> list[int]:
+    """For argparse: whole numbers from 0, with commas between."""
+    if not all(number.isdecimal() for number in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
+    return [int(number) for number in text.split(",")]
+
+
 def product_flops(jaxpr: Jaxpr, unrolled: bool = True) -> int:
     """Floating-point operations of the products and convolutions of a jaxpr.
 

@@ -13,7 +13,7 @@ import time
 
 import jax
 
-from benchmarks.paper import paper_config, paper_state, positive, random_batch
+from benchmarks.paper import CONFIGS, paper_config, paper_state, positive, random_batch
 from benchmarks.timing import seconds_of
 from refseg_jax.predict import make_predict_step
 from refseg_jax.train import train_step
@@ -37,7 +37,7 @@ def measure(name, function, *arguments):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--config", default="alignformer")
+    parser.add_argument("--config", choices=CONFIGS, default="alignformer")
     parser.add_argument("--batch", type=positive, default=1)
     arguments = parser.parse_args()
     config, rows = paper_config(arguments.config), arguments.batch

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from benchmarks.paper import positive
+from benchmarks.paper import integers, positive
 from benchmarks.timing import seconds_of
 from refseg_jax.losses.contrastive import unit_length
 from refseg_jax.losses.pixel_contrast import pixel_contrast_loss
@@ -61,14 +61,14 @@ def measure(form: str, function, arguments: tuple, options: argparse.Namespace, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sides", default="28,56,112")
+    parser.add_argument("--sides", type=integers, default=(28, 56, 112))
     parser.add_argument("--dim", type=positive, default=512)
     parser.add_argument("--foreground", type=float, default=0.2, help="share of the pixels")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--limit_gib", type=float, default=8.0)
     options = parser.parse_args()
-    for side in (int(side) for side in options.sides.split(",")):
+    for side in options.sides:
         pixel_key, label_key = jax.random.split(jax.random.key(0))
         shape = (options.batch, side * side)
         pixels = jax.random.normal(pixel_key, (*shape, options.dim))

@@ -9,11 +9,10 @@ is data, as it may at most. And at least as many cycles as the chip's matrix uni
 peak, for the kernel's products, as their instructions may follow each other faster than that, and
 as its memory takes, at its full speed, for what the kernel reads and writes.
 
-    python -m benchmarks.tpu_kernels CONFIG STEP TOPOLOGY ROWS_PER_CHIP DTYPE
-
-prints a JSON object of the cycles of one chip by kernel.
+It prints a JSON object of the cycles of one chip by kernel.
 """
 
+import argparse
 import collections
 import itertools
 import json
@@ -31,8 +30,8 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.compiled import trace_step
-from benchmarks.paper import jaxprs_in_params, paper_config, product_flops
+from benchmarks.compiled import STEPS, trace_step
+from benchmarks.paper import CONFIGS, jaxprs_in_params, paper_config, positive, product_flops
 from benchmarks.tpu_compile import CHIPS, Chip, mesh_of
 
 
@@ -238,12 +237,22 @@ def cores_that_share(eqn: JaxprEqn, cores: int) -> int:
 
 
 def main() -> None:
-    name, step, topology, rows, dtype = sys.argv[1:]
-    kind = CHIPS[topology.partition(":")[0]]
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("config", choices=CONFIGS)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("topology", help="such as v5e:2x2")
+    parser.add_argument("rows", type=positive, help="per chip")
+    parser.add_argument("dtype", choices=("bfloat16", "float32"))
+    args = parser.parse_args()
+    kind = CHIPS[args.topology.partition(":")[0]]
     with tempfile.TemporaryDirectory() as dump:
         write_down(pathlib.Path(dump))
-        mesh = mesh_of(topology)
-        traced = trace_step(paper_config(name, dtype), step, mesh, int(rows) * mesh.size)
+        mesh = mesh_of(args.topology)
+        config = paper_config(args.config, args.dtype)
+        traced = trace_step(config, args.step, mesh, args.rows * mesh.size)
         cycles = collections.Counter()
         chip = mesh.devices.flat[0]
         for eqn, times in kernels_of(traced.jaxpr.jaxpr):

@@ -318,7 +318,8 @@ def main(argv: list[str]) -> int:
         if len(devices) > 1:
             failed = True
             print(f"{name}: not on one device: {', '.join(sorted(devices))}", file=sys.stderr)
-        print(json.dumps({"model": name} | ratios(lines)), flush=True)
+        if compared := ratios(lines):
+            print(json.dumps({"model": name} | compared), flush=True)
     return int(failed)
 
 

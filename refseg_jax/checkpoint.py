@@ -221,8 +221,12 @@ def changed_fields(old: Any, new: Any, free: tuple[str, ...] = ()) -> list[str]:
     Left out are those that begin with one of `free`.
     """
     old, new = fields(old), fields(new)
+
+    def shown(value: Any) -> Any:
+        return "''" if value == "" else value
+
     return [
-        f"{name}: {old.get(name)} there, {new.get(name)} now"
+        f"{name}: {shown(old.get(name))} there, {shown(new.get(name))} now"
         for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.name", name))
         if old.get(name) != new.get(name) and not name.startswith(free)
     ]
