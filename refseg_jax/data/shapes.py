@@ -289,7 +289,9 @@ def _annotations(source: ShapesSource, ref: Ref, category_ids: Mapping[str, int]
 @command
 def main() -> int:
     """Command line: writes the dataset out and prints what was written as one JSON object."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m refseg_jax.data.shapes", description=main.__doc__
+    )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to write to")
     parser.add_argument("--scenes", type=int, help="scenes per split (default: all of them)")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
