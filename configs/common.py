@@ -105,7 +105,7 @@ def get_common(name: str, words: set[str]) -> ConfigDict:
     config.data.tokenizer = "shapes" if embedded else "bert-base-uncased"
     config.data.sampling = "sentence"  # One sentence per sample; "ref": a random one per ref.
     config.data.workers = 0  # Processes that load batches; 0: threads of this one.
-    config.data.threads = 2
+    config.data.threads = 2  # Of each of them, a batch each; as many compare masks in evaluation.
     config.data.shapes_scenes = ConfigDict(dict(train=20000, val=150, testA=100, testB=100))
 
     config.train = ConfigDict()

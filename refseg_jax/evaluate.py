@@ -10,16 +10,17 @@ Two protocols are in use and their scores differ, so every result names its own:
 Where some expressions of a split fit nothing (gRefCOCO), its scores are the generalized ones.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import functools
+import itertools
 import json
 import math
 import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,7 +187,7 @@ def evaluate(
       keep_examples: how many examples to keep of each case: best, worst, middle. None are kept
         of shuffled expressions.
       put: host batch -> device batch.
-      workers, threads: load batches ahead, see `pipeline.train_iterator`.
+      workers, threads: load batches ahead, see `pipeline.train_iterator`; as many threads score.
       verbose: print a line with the scores to stderr. (A bar is drawn wherever that is a
         terminal.)
 
@@ -212,11 +213,14 @@ def evaluate(
     label = f"{source.name}/{source.split}{' (shuffled expressions)' if shuffle_text else ''}"
     keep_examples = 0 if shuffle_text else keep_examples
     first_process = jax.process_index() == 0
+    score = _Scorer(
+        *(source, protocol, threshold, no_target_area, image_size, letterbox, bicubic),
+        keep=keep_examples > 0,
+    )
     rows, kept = [], {}
-    # The sentences of a ref follow each other.
-    annotated = functools.lru_cache(maxsize=1)(lambda i: source.mask(source[i]))
     with (
         contextlib.closing(train_iterator(batches, workers=workers, threads=threads)) as loaded,
+        concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool,
         tqdm(
             total=len(batches),
             desc=label,
@@ -226,24 +230,11 @@ def evaluate(
         ) as bar,
     ):
         for batch, probability in _predictions(predict_fn, variables, loaded, put):
-            for j, truth, values in zip(
-                batch["index"].tolist(), batch["mask"], probability, strict=True
-            ):
-                rows.append((j, 0, 0, 0, 0))
-                if j < 0:
-                    continue
-                i, _ = source.locate(j)
-                if protocol == "original":
-                    truth = annotated(i)
-                    values = transforms.resize_map(values, *truth.shape, letterbox, bicubic)
-                mask = values > threshold
-                if protocol == "input" and letterbox:  # Around the picture there is nothing.
-                    place = transforms.place(*annotated(i).shape, image_size, True)
-                    mask &= _within(place, image_size)
-                mask &= mask.sum() >= no_target_area
-                rows[-1] = (j, *overlap(mask, truth), mask.sum(), bool(source[i].ann_ids))
-                if keep_examples:
-                    kept[j] = zlib.compress(np.packbits(mask), 1)
+            each = zip(batch["index"].tolist(), batch["mask"], probability, strict=True)
+            of_refs = [tuple(those) for _, those in itertools.groupby(each, score.ref_of)]
+            for scored in pool.map(score, of_refs):
+                rows += [row for row, _ in scored]
+                kept |= {row[0]: mask for row, mask in scored if mask}
             bar.update()
 
     counts = Counts.from_rows(_gather(np.asarray(rows, np.int32).reshape(-1, 5)))
@@ -267,6 +258,51 @@ def evaluate(
     if first_process and verbose:
         tqdm.write(_summary(label, result), file=sys.stderr)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Compares predictions with what was annotated; the fields are `evaluate`'s arguments."""
+
+    source: Source
+    protocol: str
+    threshold: float
+    no_target_area: int
+    image_size: int
+    letterbox: bool
+    bicubic: bool
+    keep: bool
+
+    def ref_of(self, row: tuple[int, np.ndarray, np.ndarray]) -> int:
+        """The index of the ref of a row as `__call__` takes it; -1 of padding."""
+        return self.source.locate(row[0])[0] if row[0] >= 0 else -1
+
+    def __call__(
+        self, rows: Sequence[tuple[int, np.ndarray, np.ndarray]]
+    ) -> list[tuple[tuple[int, ...], bytes]]:
+        """Rows of `Counts` of one ref's sentences, each with its mask, packed, if it is to `keep`.
+
+        `rows`: sentence number, mask and probability at the input's size.
+        """
+        i = self.ref_of(rows[0])
+        if i < 0:
+            return [((j, 0, 0, 0, 0), b"") for j, *_ in rows]
+        to_original = self.protocol == "original"
+        whole = self.source.mask(self.source[i]) if to_original or self.letterbox else None
+        found = []
+        for j, truth, values in rows:
+            if to_original:
+                truth = whole
+                values = transforms.resize_map(values, *whole.shape, self.letterbox, self.bicubic)
+            mask = values > self.threshold
+            if self.letterbox and not to_original:  # Around the picture there is nothing.
+                place = transforms.place(*whole.shape, self.image_size, True)
+                mask &= _within(place, self.image_size)
+            mask &= np.count_nonzero(mask) >= self.no_target_area
+            has_target = bool(self.source[i].ann_ids)
+            counts = j, *overlap(mask, truth), np.count_nonzero(mask), has_target
+            found.append((counts, zlib.compress(np.packbits(mask), 1) if self.keep else b""))
+        return found
 
 
 def _within(place: tuple[int, int, int, int], size: int) -> np.ndarray:
