@@ -1,6 +1,7 @@
 """A run from start to end: its directory, training, evaluation, report, and the summary."""
 
 import contextlib
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,11 @@ def _run(
 ) -> dict[str, Any]:
     if mode == "evaluate":
         checkpoint.check_trained(workdir)  # Else `prepare` would make it a run of this config.
+        if "://" not in workdir and not os.access(workdir, os.W_OK):
+            raise UserError(
+                f"{workdir} cannot be written to, and the scores are to be written there: copy the "
+                "run to where they can"
+            )
         tokenizer = prepare(
             config, workdir, FREE_FIELDS + FREE_IN_EVALUATION, "the config that it was trained with"
         )

@@ -94,6 +94,15 @@ def test_a_run_that_has_no_checkpoint_yet_is_not_evaluated(tmp_path):
     assert not (workdir / "checkpoints").exists()
 
 
+def test_a_run_that_cannot_be_written_to_is_refused_before_it_is_scored(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save_best(3, {"x": jnp.arange(2.0)}, 0.5)
+    checkpoint.write_config(tmp_path, tiny.config())
+    monkeypatch.setattr("os.access", lambda *_: False)  # Nobody hinders root.
+    with pytest.raises(UserError, match="cannot be written to.*copy the run"):
+        run.run(tiny.config(), str(tmp_path), "evaluate")
+
+
 def test_to_read_a_checkpoint_writes_nothing(tmp_path):
     with checkpoint.Checkpoints(str(tmp_path / "run")) as checkpoints:
         checkpoints.save_best(3, {"x": jnp.arange(2.0)}, 0.5)
