@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -188,3 +189,20 @@ def test_real_vocabulary_from_file_vocab_and_name(bert_folder, tmp_path):
         assert ids[mask].tolist() == expected and not truncated
         assert tokenizer.encode("left heart", 20)[0][:4].tolist() == [101, 2187, 2540, 102]
         assert tokenizer.encode(text, 20)[2]
+
+
+def test_what_was_fetched_once_is_not_asked_for_again(monkeypatch):
+    asked, cached = [], set()
+
+    def from_pretrained(name, local_files_only=False):
+        asked.append(local_files_only)
+        if local_files_only and name not in cached:
+            raise OSError("couldn't find them in the cached files")
+        cached.add(name)
+        return types.SimpleNamespace(backend_tokenizer=Tokenizer.from_words(["left"])._backend)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    for expected in ([True, False], [True]):
+        Tokenizer.load("some/model")
+        assert asked == expected
+        asked.clear()

@@ -127,8 +127,14 @@ class Tokenizer:
             raise UserError(f"no tokenizer at {name}: there is no such file or folder")
         import transformers  # slow to import, and only names need it
 
+        load = transformers.AutoTokenizer.from_pretrained
         try:
-            return cls(transformers.AutoTokenizer.from_pretrained(str(name)).backend_tokenizer)
+            # What was fetched once is not asked for again: without a connection that takes minutes.
+            try:
+                found = load(str(name), local_files_only=True)
+            except (OSError, ValueError):
+                found = load(str(name))
+            return cls(found.backend_tokenizer)
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
                 f"no tokenizer {str(name)!r}: neither a file or folder here nor a model that "
