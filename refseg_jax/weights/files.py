@@ -137,10 +137,12 @@ def _locate(
 
 
 def _download(name: str, files: tuple[str, ...], beside: tuple[str, ...]) -> pathlib.Path:
-    import huggingface_hub  # Slow to import, and only names need it.
+    import huggingface_hub.errors  # Slow to import, and only names need it.
+
+    how: dict[str, bool] = {}
 
     def fetch(file: str) -> pathlib.Path:
-        return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, file, **how))
 
     absent = OSError, ValueError, huggingface_hub.errors.EntryNotFoundError
     reasons = []
@@ -154,6 +156,9 @@ def _download(name: str, files: tuple[str, ...], beside: tuple[str, ...]) -> pat
                     fetch(more)
             return found
         except absent as error:
+            # Nobody answered, after several attempts: what else there is lies in the cache.
+            if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+                how = {"local_files_only": True}
             reasons.append(f"{file}: {str(error).strip().splitlines()[0]}")
     raise UserError(
         f"{name} is neither a file or directory here nor a model that Hugging Face can give "

@@ -1,6 +1,10 @@
 """Finding and reading checkpoints of every kind, and what is said of what is none."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import huggingface_hub
 import numpy as np
@@ -11,6 +15,7 @@ import torch
 
 from refseg_jax.errors import UserError
 from refseg_jax.weights.files import read_checkpoint
+from tests.conftest import REPO
 
 STATE = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
 TENSORS = {name: torch.from_numpy(array) for name, array in STATE.items()}
@@ -180,8 +185,29 @@ def test_shards_of_a_hub(tmp_path, monkeypatch):
     assert set(places.values()) <= set(asked)
 
 
-def test_without_a_connection(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="some/model is neither a file .*model.safetensors: .*path"):
-        read_checkpoint("some/model")
+def test_where_nobody_answers_it_is_asked_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(TENSORS, tmp_path / "cached")
+    asked = []
+
+    def download(name, file, local_files_only=False):
+        asked.append(local_files_only)
+        if file != "pytorch_model.bin":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+        return str(tmp_path / "cached")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    check(read_checkpoint("some/model"))
+    assert asked == [False, True]
+
+
+def test_without_a_connection(tmp_path):
+    """In a process of its own, in which nothing else has imported the hub's library."""
+    program = "from refseg_jax.weights.files import read_checkpoint; read_checkpoint('some/model')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPO, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    expected = r"UserError: some/model is neither a file .*model.safetensors: .*path\n$"
+    assert done.returncode == 1 and re.search(expected, done.stderr), done.stderr
