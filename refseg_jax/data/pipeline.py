@@ -17,6 +17,7 @@ starts no device).
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -227,6 +228,8 @@ def train_iterator(
         )
     )
     with contextlib.ExitStack() as stack:
+        if workers:
+            stack.callback(gc.collect)  # Lets go of batches in shared memory.
         with born_deaf() if workers else contextlib.nullcontext():
             iterator = iter(dataset)
             stack.callback(iterator.close)
