@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -345,6 +346,7 @@ def train(
             _loop(trainer, checkpoints, writer, stop, first, start, workdir)
         finally:
             writer.close()
+        gc.collect()  # Lets go of the last batches; while the checkpoints end Grain frees them.
     if stop.signal:  # After the last step, or while it was saved.
         raise Stopped(stop.signal, trainer.steps)
     summary = {"steps": trainer.steps}
