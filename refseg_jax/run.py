@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from etils import epath
 from refseg_jax import bounds, checkpoint, data, details, evaluate, processes
 from refseg_jax.data.files import locked
 from refseg_jax.data.pipeline import CannotShuffle
+from refseg_jax.data.records import Source
 from refseg_jax.data.sets import MERGED, set_name
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.errors import UserError, file_errors, tell
@@ -88,12 +89,13 @@ def _run(
     with _sole(workdir):
         tokenizer = prepare(config, workdir)
         _check_alike(config, tokenizer, workdir, mode)
-        if mode == "both":  # A name that is wrong should not come out after training.
-            data.open_sources(config.data, config.data.eval_splits)
-        summary = train(config, tokenizer, workdir, begun)
-        if mode == "both":
-            summary |= _evaluate(config, tokenizer, workdir)
-    return summary
+        if mode == "train":
+            return train(config, tokenizer, workdir, begun)
+        # All at once: annotations take seconds to read, and a wrong name is known before training.
+        splits = config.data.train_split, config.data.select_split, *config.data.eval_splits
+        sources = data.open_sources(config.data, splits)
+        summary = train(config, tokenizer, workdir, begun, sources)
+        return summary | _evaluate(config, tokenizer, workdir, sources)
 
 
 def _check_alike(
@@ -112,11 +114,14 @@ def _check_alike(
 
 
 def _evaluate(
-    config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
+    config: ml_collections.ConfigDict,
+    tokenizer: Tokenizer,
+    workdir: str,
+    sources: Mapping[str, Source] | None = None,
 ) -> dict[str, Any]:
     """`evaluate_run`; a signal to any process ends all until the first is done with the report."""
     with ending_on_signals():
-        summary = evaluate_run(config, tokenizer, workdir)
+        summary = evaluate_run(config, tokenizer, workdir, sources)
         processes.wait_for_first()
     return summary
 
@@ -244,11 +249,15 @@ def other_data(
 
 
 def evaluate_run(
-    config: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
+    config: ml_collections.ConfigDict,
+    tokenizer: Tokenizer,
+    workdir: str,
+    sources: Mapping[str, Source] | None = None,
 ) -> dict[str, Any]:
     """Scores the best checkpoint on every evaluation split; writes the table, JSON and report.
 
-    Of other data than the run's own the files have its name in theirs (`other_data`).
+    Of other data than the run's own the files have its name in theirs (`other_data`). `sources`
+    are the data's splits, if they are open already.
 
     Returns what the summary says of it: best_step, {split}/mIoU and {split}/oIoU of each split,
     {split}/mIoU_shuffled of select_split and val (the control: the same model, each image given
@@ -269,7 +278,9 @@ def evaluate_run(
     predict_fn = make_predict_step(model, batch_sharding(mesh))
 
     select = config.data.select_split
-    sources = data.open_sources(config.data, (select, *config.data.eval_splits))
+    splits = dict.fromkeys((select, *config.data.eval_splits))
+    opened = sources or data.open_sources(config.data, splits)
+    sources = {split: opened[split] for split in splits}
     for split, source in sources.items():
         processes.check_same(f"the split {split}", lambda source=source: data.identity(source))
 

@@ -5,7 +5,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from refseg_jax import checkpoint, data, evaluate, models
 from refseg_jax.data import pipeline
+from refseg_jax.data.records import Source
 from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.data.transforms import normalize_for
 from refseg_jax.errors import UserError
@@ -192,6 +193,7 @@ class Trainer:
         config: ml_collections.ConfigDict,
         tokenizer: Tokenizer,
         checkpoints: checkpoint.Checkpoints,
+        sources: Mapping[str, Source] | None = None,
     ):
         self.config = config
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -204,7 +206,9 @@ class Trainer:
                 f"{size / accumulate:g} rows at a time, which {devices} devices cannot share "
                 f"evenly: take {' or '.join(map(str, near))}"
             )
-        self.source = data.open_source(config.data, config.data.train_split)
+        splits = config.data.train_split, config.data.select_split
+        sources = sources or data.open_sources(config.data, splits)
+        self.source, self.select_source = (sources[split] for split in splits)
         self.tokenizer = tokenizer
         self.model = models.build(config.model)
         self.steps = total_steps(config, self.source)
@@ -291,8 +295,11 @@ def train(
     tokenizer: Tokenizer,
     workdir: str,
     begun: float | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> dict[str, Any]:
     """Trains to the last step, resuming what `workdir` holds.
+
+    `sources`: the data's train and select_split, if they are open already.
 
     Returns what the summary says of it: steps, and seconds_to_first_step since the time `begun`
     (by default now), if there was a step to take.
@@ -312,7 +319,7 @@ def train(
                 f"the processes find different checkpoints in {workdir}: it must be on storage "
                 "that all of them share"
             )
-        trainer = Trainer(config, tokenizer, checkpoints)
+        trainer = Trainer(config, tokenizer, checkpoints, sources)
         start = stop.start = int(trainer.state.step)
         if config.data.dataset != "shapes":  # Which are what the config says.
             found = data.identity(trainer.source)
@@ -362,7 +369,7 @@ def _loop(trainer, checkpoints, writer, stop, first, start, workdir):
     gather = gatherer(trainer.mesh, config.mesh.rules, config.mesh.min_fsdp_size)
     shared = trainer.mesh.size > trainer.mesh.shape["fsdp"] == 1
     gather = jax.jit(gather) if shared else lambda params: params
-    select_source = data.open_source(config.data, config.data.select_split)
+    select_source = trainer.select_source
     check_same(f"the split {select_source.split}", lambda: data.identity(select_source))
     state = trainer.state
     trainer.state = None  # The step consumes its buffers.

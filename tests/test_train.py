@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from refseg_jax import checkpoint, models, run, train
+from refseg_jax.data import sets
 from refseg_jax.errors import TERMINATED, UserError
 from refseg_jax.logging import read_metrics
 from refseg_jax.sharding import gatherer
-from tests import tiny
+from tests import preparing, tiny
 from tests.toy import Toy
 
 
@@ -245,3 +246,24 @@ def test_batch_that_devices_cannot_share_is_an_error(tmp_path):
         changes = {"train__batch_size": size, "train__accumulate": accumulate}
         with pytest.raises(UserError, match=f"batch_size={size} .* evenly: take {near}$"):
             make_trainer(tmp_path, mesh__data=8, **changes)
+
+
+def test_a_run_opens_its_data_once(tmp_path, monkeypatch, toy):
+    """Annotations in the refer layout take seconds to read."""
+    raw, out = preparing.write_shapes(tmp_path / "raw"), tmp_path / "out"
+    assert preparing.run("refer", "--root", raw, "--dataset", "shapes", "--out", out) == 0
+    opened, open_set = [], sets.open_set
+
+    def counting(root, name, splits, **options):
+        opened.append(list(splits))
+        return open_set(root, name, splits, **options)
+
+    monkeypatch.setattr(sets, "open_set", counting)
+    config = tiny.config(train__steps=1, eval__examples=0)
+    config.data.update(dataset="prepared", split_by="", root=str(out), eval_splits=("train",))
+    summary = run.run(config, str(tmp_path / "run"), "both")
+    assert summary["steps"] == 1 and "train/mIoU" in summary and "val/mIoU" in summary
+    assert opened == [["train", "val"]]
+    opened.clear()
+    run.run(config, str(tmp_path / "run"), "train")
+    assert opened == [["train", "val"]]
