@@ -4,7 +4,8 @@ python -m refseg_jax.main --config configs/alignformer.py
     A small model on the embedded shapes, from scratch: 2 CPU cores.
 python -m refseg_jax.main --config configs/alignformer.py:refcoco
     The paper's recipe (Swin-B, BERT-base, 480 x 480, batch 32, 40 epochs); also refcoco+,
-    refcocog_umd, refcocog_google. Paper, oIoU: RefCOCO 73.73 / 77.00 / 70.64 (val / testA /
+    refcocog_umd, refcocog_google. Give pretrained encoders as --config.init.swin=FILE
+    --config.init.bert=bert-base-uncased. Paper, oIoU: RefCOCO 73.73 / 77.00 / 70.64 (val / testA /
     testB), RefCOCO+ 64.55 / 70.19 / 56.18, RefCOCOg 63.56 / 64.83 / 62.12 (val U, test U, val G).
 python -m refseg_jax.main --config configs/alignformer.py:refcoco,small
     A laptop-size model on real data, from scratch.

@@ -4,7 +4,8 @@ python -m refseg_jax.main --config configs/coupalign.py
     A small model on the embedded shapes, from scratch: 2 CPU cores.
 python -m refseg_jax.main --config configs/coupalign.py:refcoco
     The paper's recipe (Swin-B, BERT-base, 448 x 448, batch 16, 50 epochs); also refcoco+,
-    refcocog_umd, refcocog_google. Paper, oIoU: RefCOCO 74.70 / 77.76 / 70.58 (val / testA /
+    refcocog_umd, refcocog_google. Give pretrained encoders as --config.init.swin=FILE
+    --config.init.bert=bert-base-uncased. Paper, oIoU: RefCOCO 74.70 / 77.76 / 70.58 (val / testA /
     testB), RefCOCO+ 62.92 / 68.34 / 56.69, G-Ref 62.84 / 62.22 (val U, test U).
 python -m refseg_jax.main --config configs/coupalign.py:refcoco,small
     A laptop-size model on real data, from scratch.
@@ -35,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.wpa_stages = (1, 2, 3, 4)  # (): words and pixels meet after the encoders only.
     config.model.direction = "bi"  # "uni": only the pixels attend to the words.
     config.model.joint_dim = 768
-    config.model.shut_gates = True  # Gates of the alignment start almost shut.
+    config.model.shut_gates = True  # Gates of the alignment start narrow.
     config.model.heads = 8
     config.model.position_grid = 14  # Learned positions: the side of the 1/32 map.
     config.model.sma = True  # False: a linear classifier of the pixels.

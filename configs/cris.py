@@ -18,7 +18,8 @@ from configs import common
 
 WORDS = ("resnet50",)
 
-# As released: CLIP learns at a tenth of the rate, but for its tables of positions.
+# As released: CLIP learns at a tenth of the rate, but for its tables of positions. (There the
+# schedule sets the rates after the first epoch, in which CLIP has the whole one: not so here.)
 GROUPS = (
     (r"^(vision|text)/(?!(attention_pool/)?positions$)", 0.1, 1.0),
     (r"", 1.0, 1.0),

@@ -3,9 +3,12 @@
 python -m refseg_jax.main --config configs/crossvlt.py
     A small model on the embedded shapes, from scratch: 2 CPU cores.
 python -m refseg_jax.main --config configs/crossvlt.py:refcoco
-    The recipe of the authors' code (Swin-B, BERT-base, 480 x 480, batch 16, 40 epochs); also
-    refcoco+, refcocog_umd, refcocog_google. Paper, oIoU: RefCOCO 73.44 / 76.16 / 70.15 (val /
-    testA / testB), RefCOCO+ 63.60 / 69.10 / 55.23, RefCOCOg 62.68 / 63.75 (val U, test U).
+    The recipe of the authors' code (Swin-B, BERT-base, 480 x 480, 40 epochs) with the paper's batch
+    of 16, where the code's own command has 2 x 6; also refcoco+, refcocog_umd, refcocog_google.
+    What it freezes must be pretrained: give encoders as --config.init.swin=FILE
+    --config.init.bert=bert-base-uncased. Paper, oIoU, which the authors take at the input size
+    (--config.eval.protocol=input): RefCOCO 73.44 / 76.16 / 70.15 (val / testA / testB), RefCOCO+
+    63.60 / 69.10 / 55.23, RefCOCOg 62.68 / 63.75 (val U, test U).
 python -m refseg_jax.main --config configs/crossvlt.py:refcoco,small
     A laptop-size model on real data, from scratch.
 

@@ -4,7 +4,9 @@ python -m refseg_jax.main --config configs/lavt.py
     A small model on the embedded shapes, from scratch: 2 CPU cores.
 python -m refseg_jax.main --config configs/lavt.py:refcoco
     The recipe of the authors' code (Swin-B, BERT-base, 480 x 480, batch 32, 40 epochs); also
-    refcoco+, refcocog_umd, refcocog_google. Paper, oIoU: RefCOCO 72.73 / 75.82 / 68.79 (val /
+    refcoco+, refcocog_umd, refcocog_google. What it freezes must be pretrained: give encoders as
+    --config.init.swin=FILE --config.init.bert=bert-base-uncased. Paper, oIoU, which the authors
+    take at the input size (--config.eval.protocol=input): RefCOCO 72.73 / 75.82 / 68.79 (val /
     testA / testB).
 python -m refseg_jax.main --config configs/lavt.py:refcoco,small
     A laptop-size model on real data, from scratch.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 import optax
+from flax.traverse_util import flatten_dict
 
 from refseg_jax.errors import UserError
 from refseg_jax.sharding import path_name
@@ -80,6 +81,19 @@ def assign_groups(params: Any, groups: Any) -> Any:
         names = ", ".join(repr(groups[i][0]) for i in sorted(unused))
         raise UserError(f"config.optim.groups: no parameter matches {names}")
     return labels
+
+
+def frozen_at_random(params: Any, loaded: Any, groups: Any) -> dict[str, int]:
+    """Sizes, by path, of the matrices that no learning rate moves and nothing was loaded into.
+
+    `params` and `loaded` are nested dicts, the latter of those that do not start as drawn.
+    """
+    group_of, given = (flatten_dict(x, sep="/") for x in (assign_groups(params, groups), loaded))
+    return {
+        path: array.size
+        for path, array in flatten_dict(params, sep="/").items()
+        if array.ndim > 1 and groups[group_of[path]][1] == 0 and path not in given
+    }
 
 
 def make_optimizer(

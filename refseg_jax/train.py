@@ -25,7 +25,7 @@ from refseg_jax.data.tokenizer import Tokenizer
 from refseg_jax.data.transforms import normalize_for
 from refseg_jax.errors import UserError
 from refseg_jax.logging import MetricWriter, read_metrics
-from refseg_jax.optim import make_optimizer
+from refseg_jax.optim import frozen_at_random, make_optimizer
 from refseg_jax.predict import make_predict_step
 from refseg_jax.processes import agree, check_same, meet
 from refseg_jax.sharding import (
@@ -247,6 +247,7 @@ class Trainer:
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
+        self.frozen_at_random: dict[str, int] = {}
         self.state = checkpoints.restore_last(abstract)
         if self.state is not None:
             self.origin = f"resumed at step {int(self.state.step)}"
@@ -258,6 +259,9 @@ class Trainer:
                 )
             loaded, self.origin = load_initial(
                 config, {"params": abstract.params, **abstract.model_state}
+            )
+            self.frozen_at_random = frozen_at_random(
+                abstract.params, loaded.get("params", {}), config.optim.groups
             )
             self.state = jax.jit(init, out_shardings=shardings)(init_key, key, loaded)
         self.step_fn = make_train_step(config, self.model, self.tx, self.mesh, shardings)
@@ -340,6 +344,13 @@ def train(
                 writer.say(
                     "activations are float32: --config.model.dtype=bfloat16 is what TPUs and GPUs "
                     "are fast with, and most of our kernels are for it"
+                )
+            if frozen := trainer.frozen_at_random:
+                modules = ", ".join(sorted({path.split("/")[0] for path in frozen}))
+                writer.say(
+                    f"WARNING: {sum(frozen.values()):,} parameters of {modules} were drawn at "
+                    "random and will stay so, as config.optim.groups do not train them: give what "
+                    "is pretrained (--config.init.*, docs/weights.md), or other groups"
                 )
             checked = min(10_000, trainer.source.num_sentences)
             cut = pipeline.count_truncated(

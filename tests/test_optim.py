@@ -5,7 +5,7 @@ import pytest
 
 from configs import alignformer
 from refseg_jax.errors import UserError
-from refseg_jax.optim import assign_groups, make_optimizer, make_schedule
+from refseg_jax.optim import assign_groups, frozen_at_random, make_optimizer, make_schedule
 
 PARAMS = {
     "norm": {"scale": jnp.ones(3)},
@@ -115,3 +115,11 @@ def test_groups_scale_rate_and_decay():
     np.testing.assert_allclose(updates["norm"]["scale"], 0.0)
     np.testing.assert_allclose(updates["dense"]["bias"], 0.0)
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.1 * 0.5 * 0.01 * 2, rtol=1e-5)
+
+
+def test_what_is_frozen_and_not_loaded_is_found():
+    groups = ((r"^dense/kernel", 0.0, 0.0), (r"scale", 0.0, 0.0), (r"", 1.0, 1.0))
+    found = frozen_at_random(PARAMS, {}, groups)
+    assert found == {"dense/kernel": PARAMS["dense"]["kernel"].size}  # A norm's scale is no draw.
+    assert not frozen_at_random(PARAMS, {"dense": {"kernel": 0}}, groups)
+    assert not frozen_at_random(PARAMS, {}, ((r"", 1.0, 1.0),))

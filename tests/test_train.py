@@ -1,5 +1,6 @@
 """Training: reproducible, shardable, and it stops where it should."""
 
+import re
 import shutil
 import signal
 
@@ -267,3 +268,14 @@ def test_a_run_opens_its_data_once(tmp_path, monkeypatch, toy):
     opened.clear()
     run.run(config, str(tmp_path / "run"), "train")
     assert opened == [["train", "val"]]
+
+
+def test_what_stays_as_drawn_at_random_is_told(tmp_path, capsys, toy):
+    groups = ((r"embedding$", 0.0, 0.0), (r"", 1.0, 1.0))
+    config = tiny.config(train__steps=1, eval__examples=0, optim__groups=groups)
+    train.train(config, run.prepare(config, str(tmp_path / "a")), str(tmp_path / "a"))
+    told = r"WARNING: [\d,]+ parameters of Embed_0 were drawn at random and will stay so"
+    assert re.search(told, capsys.readouterr().err)
+    config.init.checkpoint = str(tmp_path / "a")
+    train.train(config, run.prepare(config, str(tmp_path / "b")), str(tmp_path / "b"))
+    assert "WARNING" not in capsys.readouterr().err

@@ -48,7 +48,7 @@ class CoupAlignConfig:
     wpa_stages: tuple[int, ...] = (1, 2, 3, 4)  # Table 5, counted from 1; (): none (table 4).
     direction: str = "bi"  # Table 4: "uni" never updates the words.
     joint_dim: int = 768  # Open: d of eq. 4.
-    # Open: gates start almost shut, as LAVT's do, so that pretrained encoders start undisturbed.
+    # Open: gates start narrow, as LAVT's do, to disturb pretrained encoders little.
     shut_gates: bool = True
     heads: int = 8  # Of the cross attention; open: and of the mask generator.
     position_grid: int = 14  # Side of e_p, eq. 7; it is resized to a map of another size.

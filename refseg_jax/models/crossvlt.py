@@ -1,10 +1,11 @@
 """CrossVLT: "Cross-aware Early Fusion with Stage-divided Vision and Language Transformer Encoders".
 
 Vision and language encoders are both cut into four stages that inform each other: the pixels of
-every stage attend to the words (twice, before and after patch merging), and each further language
-stage begins with a layer whose words attend to the pixels. Before each fusion the two are aligned
-by a contrastive loss. Equations are the paper's; where the authors' released code differs from
-them it is followed, so that their weights load, and the paper's form is a config field.
+every stage attend to the words (before patch merging and, but for the last stage's, after it), and
+each further language stage begins with a layer whose words attend to the pixels. Before each fusion
+the two are aligned by a contrastive loss. Equations are the paper's; where the authors' released
+code differs from them it is followed, so that their weights load, and the paper's form is a config
+field.
 """
 
 import dataclasses
