@@ -79,7 +79,7 @@ class PixelWordAttention(nn.Module):
 class GatedResidual(nn.Module):
     """x + gate(r) r with gate = linear, ReLU, linear, tanh, without biases: [B,n,C] -> same.
 
-    `shut`: the gate is almost shut at first, so that a pretrained encoder starts undisturbed.
+    `shut`: the gate is narrow at first, so that a pretrained encoder is disturbed little.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -88,7 +88,7 @@ class GatedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, update: jax.Array) -> jax.Array:
         # Not zero: two layers of zeros would never receive a gradient.
-        small = nn.initializers.truncated_normal(0.02)
+        small = nn.initializers.normal(0.02)
         init = small if self.shut else nn.initializers.lecun_normal()
 
         def dense(name: str) -> Dense:
