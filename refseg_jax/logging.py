@@ -1,13 +1,20 @@
-"""JSON lines, TensorBoard and a progress bar behind one small writer."""
+"""JSON lines, TensorBoard and a progress bar behind one small writer; what each step adds."""
 
 import json
+import math
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from refseg_jax.data.files import write_whole
+from refseg_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -109,3 +116,55 @@ class MetricWriter:
                 self._lose_board()
             if self._file:
                 self._file.close()
+
+
+def check_finite(name: str, value: float, step: int) -> None:
+    """Raises a UserError where a number of a step is not finite."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"{name} is {value} at step {step}: the run stops here and the last good checkpoint is "
+            "kept. Try a lower config.optim.lr, config.optim.clip_norm or "
+            "config.optim.warmup_steps in a new workdir"
+        )
+
+
+class Recorder:
+    """Metrics of step n, fetched after step n + 1 is dispatched; stops the run if not finite."""
+
+    def __init__(self, writer: MetricWriter, schedule: Callable, config: Any, total: int):
+        self.writer, self.schedule, self.config = writer, schedule, config
+        self.total = total
+        self.pending = None
+        self.rows = []
+        self.once = {}  # What the next row says, and no other.
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.since, self.counted = time.perf_counter(), 0
+
+    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        previous, self.pending = self.pending, (step, scalars)
+        if previous:
+            self._take(*previous)
+
+    def flush(self) -> None:
+        if self.pending:
+            self._take(*self.pending)
+            self.pending = None
+
+    def _take(self, step, scalars):
+        scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        for name in ("loss", "grad_norm"):
+            check_finite(name, scalars[name], step)
+        self.writer.advance(step)
+        self.rows.append(scalars)
+        self.counted += 1
+        if step % self.config.log_every == 0 or step == self.total:
+            means = {k: float(np.mean([row[k] for row in self.rows])) for k in scalars}
+            seconds = time.perf_counter() - self.since
+            means["lr"] = float(self.schedule(jnp.asarray(step - 1)))
+            means["images_per_second"] = self.counted * self.config.batch_size / seconds
+            self.writer.write(step, means | self.once)
+            self.rows.clear()
+            self.once.clear()
+            self.restart_clock()
