@@ -44,6 +44,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.cmic_weight = 0.5
     config.model.cmic_samples = 20
 
+    config.eval.select_by = "overall"  # What the paper compares by.
+
     if common.is_small(words):
         common.make_small(config)
         config.model.update(query="mean", fuse_hidden=2.0, prior=0.05)

@@ -56,6 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data.image_size = 448
     config.data.max_tokens = 30
+    config.eval.select_by = "overall"  # What the paper compares by.
     config.optim.update(lr=3e-5, end_lr=1.5e-5, decay_share=0.5)
     config.train.update(epochs=50, batch_size=16, eval_every=7540)  # An epoch of RefCOCO.
 
