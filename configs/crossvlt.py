@@ -54,6 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.head_dim = 64
     config.model.fusion_form = "released"  # "paper": eq. 1-4 as printed.
     config.model.shut_gates = True  # At first, almost.
+    config.model.draws = "released"  # Of other new layers; or "flax".
     config.model.class_weights = (0.9, 1.1)  # Background, foreground.
     config.model.task_weight = 2.0
     config.model.align_weight = 1.0
@@ -80,7 +81,7 @@ def get_config(variant: str = "") -> ConfigDict:
         common.make_small(config)
         config.model.resnet.update(width=6, depths=(1, 1, 2, 1))
         config.model.update(language_depths=(1, 1, 1), align_dim=64, head_dim=24)
-        config.model.shut_gates = False
+        config.model.update(shut_gates=False, draws="flax")
         if config.data.dataset == "shapes":  # A step takes longer than the other models'.
             config.train.update(steps=3000, eval_every=1000, checkpoint_every=500)
     return config

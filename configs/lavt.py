@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model.fusion_heads = (1, 1, 1, 1)  # Of each stage's attention to the words.
     config.model.shut_gates = True  # At first, almost.
+    config.model.draws = "released"  # Of other new layers; or "flax".
     config.model.class_weights = (0.9, 1.1)  # Background, foreground.
 
     config.data.max_tokens = 20
@@ -50,5 +51,5 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if common.is_small(words):
         common.make_small(config)
-        config.model.update(fusion_heads=(2, 4, 4, 8), shut_gates=False)
+        config.model.update(fusion_heads=(2, 4, 4, 8), shut_gates=False, draws="flax")
     return config

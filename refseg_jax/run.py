@@ -40,7 +40,7 @@ FREE_FIELDS = (
 FREE_IN_EVALUATION = (
     "eval.", "train.", "optim.", "init.", "seed", "data.sampling", "data.train_split",
     "data.dataset", "data.split_by", "data.merged", "data.select_split",
-    "data.shapes_scenes.train", "data.tokenizer",
+    "data.shapes_scenes.train", "data.tokenizer", "model.draws", "model.shut_gates",
 )  # fmt: skip
 
 # What may differ between the processes of a run: where their machine has the data, and how it is

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,7 @@ def test_variants_have_their_parts_only():
         ("language_depths", (2, 0, 2)),
         ("language_depths", (2, 2)),
         ("fusion_form", "printed"),
+        ("draws", "torch"),
         ("head_dim", 0),
         ("head_dim", 48),
         ("align_dim", 0),
@@ -190,6 +192,11 @@ def test_variants_have_their_parts_only():
 def test_wrong_fields_are_named(field, value):
     with pytest.raises(UserError, match=f"config.model.{field}"):
         CrossVLTConfig(**{field: value})
+
+
+def test_unknown_draws_are_named():
+    with pytest.raises(UserError, match="config.model.draws='torch' is not one of released, flax"):
+        LAVTConfig(draws="torch")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +252,47 @@ def test_loss_of_logits_that_know_nothing(align_at):
     weighted, _ = build(config).loss(outputs, mask, np.array([True, False]), jax.random.key(0))
     np.testing.assert_allclose(weighted, (3 + 0.5 * 4) * np.log(2), rtol=1e-6)
     assert set(scalars) == {"loss_task", *(f"loss_align{i}" for i in (1, 2, 3, 4))}
+
+
+HE, PYTORCH = (lambda fan_in, n=n: (n / fan_in) ** 0.5 for n in (2, 1 / 3))
+
+
+@pytest.mark.parametrize(
+    "name, draws, groups",
+    [
+        # What LAVT's code says of convolutions, which these all are: nothing.
+        ("lavt", "released", {"(fusions|decoder)": PYTORCH}),
+        (
+            "crossvlt",
+            "released",
+            {
+                r"(merged_)?fusions_\d/(mix|attention/(query|out))/": HE,
+                r"(merged_)?fusions_\d/attention/(key|value)/": lambda fan_in: 0.02,
+                "(alignments|language_stages)": lambda fan_in: 0.02,
+                "decoder": PYTORCH,
+            },
+        ),
+        ("lavt", "flax", {"(fusions|decoder)": lambda fan_in: fan_in**-0.5}),
+        ("crossvlt", "flax", {"(.*fusions|alignments|decoder)": lambda fan_in: fan_in**-0.5}),
+    ],
+)
+def test_new_layers_start_as_they_should(name, draws, groups):
+    config = CONFIGS[name].get_config()
+    config.model.update(draws=draws, shut_gates=True)
+    init = functools.partial(init_variables, build(config), image_size=40, max_tokens=4)
+    params = traverse_util.flatten_dict(jax.jit(init)(jax.random.key(0))["params"], sep="/")
+    groups = groups | {"(merged_)?gates": lambda fan_in: 0.02}
+    for pattern, deviation in groups.items():
+        kernels = {path: x for path, x in params.items() if re.match(pattern, path) and x.ndim > 1}
+        assert kernels
+        for path, x in kernels.items():
+            expected = deviation(math.prod(x.shape[:-1]))
+            # Four times what the deviation of so many numbers deviates by.
+            np.testing.assert_allclose(
+                x.std(), expected, rtol=4 / (2 * x.size) ** 0.5, err_msg=path
+            )
+            if deviation is PYTORCH:
+                assert np.abs(x).max() <= 3**0.5 * expected
 
 
 def test_pixels_ask_words_as_defined():

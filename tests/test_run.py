@@ -164,9 +164,12 @@ def test_an_evaluation_needs_no_field_of_training(tmp_path):
     run.prepare(tiny.config(), workdir)
     (tmp_path / "run" / "checkpoints" / "best" / "3").mkdir(parents=True)
     other = tiny.config(train__steps=9, optim__lr=1.0)
+    other.model.draws = "flax"  # Which a run of an earlier version does not have.
     free = run.FREE_FIELDS + run.FREE_IN_EVALUATION
     run.prepare(other, workdir, free)
-    with pytest.raises(UserError, match=r"optim.lr: 5e-05 there, 1.0 now, train.steps"):
+    with pytest.raises(
+        UserError, match=r"model.draws.*optim.lr: 5e-05 there, 1.0 now, train.steps"
+    ):
         run.prepare(other, workdir)
     # Nor the data that the run was trained on.
     other.data.update(dataset="refcoco+", split_by="unc", select_split="testA", tokenizer="other")

@@ -31,6 +31,7 @@ from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.attention import MultiHeadAttention
 from refseg_jax.models.layers.decoder import MaskDecoder
 from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.draws import PYTORCH, Draws
 from refseg_jax.models.layers.early_fusion import (
     GatedResidual,
     PixelWordAttention,
@@ -40,6 +41,9 @@ from refseg_jax.models.layers.mlp import MLP
 from refseg_jax.models.layers.resize import resize_bilinear
 
 BACKBONES = {"swin": Swin, "resnet": ResNet}
+HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+NARROW = nn.initializers.normal(0.02)
+DRAWS = {"released": Draws(HE, NARROW, NARROW, PYTORCH), "flax": Draws()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,7 @@ class CrossVLTConfig:
     head_dim: int = 64  # Of the pixels' attention.
     fusion_form: str = "released"  # Of eq. 1-4: "paper" as they are printed.
     shut_gates: bool = True  # Gates, which are "released", start almost shut, for pretrained parts.
+    draws: str = "released"  # How other new layers start, of fusions those that are so; or "flax".
     class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground; eq. 8 has (1, 1).
     task_weight: float = 2.0
     align_weight: float = 1.0  # Eq. 9's lambda, where the task's weight is 1; not in the paper.
@@ -73,6 +78,7 @@ class CrossVLTConfig:
             ("align_loss", ("align", "aux")),
             ("align_at", ("input", "stage")),
             ("fusion_form", ("released", "paper")),
+            ("draws", DRAWS),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(
@@ -132,13 +138,16 @@ class PixelFusion(nn.Module):
     dim: int  # Joint width.
     heads: int
     dtype: Any = jnp.float32
+    draws: Draws = Draws()
 
     @nn.compact
     def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
         """vision [B, n, C], language [B, T, D], token_mask bool [B, T] -> [B, n, C]."""
-        attention = PixelWordAttention(self.dim, self.heads, dtype=self.dtype, name="attention")
+        how = dict(dtype=self.dtype, draws=self.draws, name="attention")
+        attention = PixelWordAttention(self.dim, self.heads, **how)
         fused = vision + attention(vision, language, token_mask)
-        return gelu(Dense(vision.shape[-1], dtype=self.dtype, name="mix")(fused))
+        how = dict(dtype=self.dtype, kernel_init=self.draws.pixels, name="mix")
+        return gelu(Dense(vision.shape[-1], **how)(fused))
 
 
 class PrintedFusion(nn.Module):
@@ -200,13 +209,15 @@ class Alignment(nn.Module):
 
     dim: int
     dtype: Any = jnp.float32
+    draws: Draws = Draws()
 
     @nn.compact
     def __call__(self, vision: jax.Array, sentence: jax.Array) -> jax.Array:
         """vision [B, n, C], sentence [B, D] -> float32 [B, n]."""
+        how = dict(dtype=self.dtype, kernel_init=self.draws.alignment)
 
         def unit(x: jax.Array, name: str) -> jax.Array:
-            return unit_length(Dense(self.dim, dtype=self.dtype, name=name)(x))
+            return unit_length(Dense(self.dim, **how, name=name)(x))
 
         return jnp.einsum("bnc,bc->bn", unit(vision, "vision"), unit(sentence, "language"))
 
@@ -220,7 +231,7 @@ class CrossVLT(nn.Module):
 
     def setup(self):
         cfg = self.config
-        widths = cfg.vision.widths
+        widths, draws = cfg.vision.widths, DRAWS[cfg.draws]
         # Under its own name, so that pretrained weights are found.
         setattr(self, cfg.backbone, BACKBONES[cfg.backbone](cfg.vision, dtype=self.dtype))
         self.bert = Bert(cfg.bert, dtype=self.dtype)
@@ -232,8 +243,9 @@ class CrossVLT(nn.Module):
         ]
 
         def fusion(dim):
-            form = PixelFusion if cfg.fusion_form == "released" else PrintedFusion
-            return form(dim, cfg.heads(dim), self.dtype)
+            if cfg.fusion_form == "paper":
+                return PrintedFusion(dim, cfg.heads(dim), self.dtype)
+            return PixelFusion(dim, cfg.heads(dim), self.dtype, draws)
 
         def gate():
             if cfg.fusion_form == "paper":
@@ -247,11 +259,11 @@ class CrossVLT(nn.Module):
         if cfg.align_loss == "aux":
             self.aux_heads = [Dense(1, dtype=self.dtype) for _ in widths]
         elif cfg.align_stages:
-            self.alignments = [Alignment(cfg.align_dim, self.dtype) for _ in widths]
+            self.alignments = [Alignment(cfg.align_dim, self.dtype, draws) for _ in widths]
             self.temperature = self.param(
                 "temperature", nn.initializers.ones, (len(cfg.align_stages),)
             )
-        self.decoder = MaskDecoder(self.dtype)
+        self.decoder = MaskDecoder(self.dtype, draws.decoder)
 
     def __call__(
         self, image: jax.Array, tokens: jax.Array, token_mask: jax.Array, train: bool = False

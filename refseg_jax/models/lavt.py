@@ -20,11 +20,14 @@ from refseg_jax.models.encoders.swin import Swin, SwinConfig
 from refseg_jax.models.layers.activations import gelu
 from refseg_jax.models.layers.decoder import MaskDecoder
 from refseg_jax.models.layers.dense import Dense
+from refseg_jax.models.layers.draws import PYTORCH, Draws
 from refseg_jax.models.layers.early_fusion import (
     GatedResidual,
     PixelWordAttention,
     pixels_in_one_axis,
 )
+
+DRAWS = {"released": Draws(PYTORCH, PYTORCH, decoder=PYTORCH), "flax": Draws()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class LAVTConfig:
     bert: BertConfig = BertConfig()
     fusion_heads: tuple[int, ...] = (1, 1, 1, 1)  # Of each stage's PWAM.
     shut_gates: bool = True  # Gates start almost shut, for pretrained encoders.
+    draws: str = "released"  # How other new layers start; or "flax".
     class_weights: tuple[float, float] = (0.9, 1.1)  # Background, foreground.
 
     def __post_init__(self):
@@ -45,6 +49,8 @@ class LAVTConfig:
             raise UserError(
                 f"config.model.fusion_heads={heads} do not divide the stages' widths {widths}"
             )
+        if self.draws not in DRAWS:
+            raise UserError(f"config.model.draws={self.draws!r} is not one of {', '.join(DRAWS)}")
         check_class_weights(self.class_weights)
 
 
@@ -53,6 +59,7 @@ class PWAM(nn.Module):
 
     heads: int = 1
     dtype: Any = jnp.float32
+    draws: Draws = Draws()
 
     @nn.compact
     def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
@@ -60,10 +67,12 @@ class PWAM(nn.Module):
         C = vision.shape[-1]
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            return gelu(Dense(C, dtype=self.dtype, name=name)(x))
+            dense = Dense(C, dtype=self.dtype, kernel_init=self.draws.pixels, name=name)
+            return gelu(dense(x))
 
         # As released, the scale is the whole width's, however many heads share it.
-        attention = PixelWordAttention(C, self.heads, C**-0.5, self.dtype, name="attention")
+        how = dict(scale=C**-0.5, dtype=self.dtype, draws=self.draws)
+        attention = PixelWordAttention(C, self.heads, **how, name="attention")
         gathered = attention(vision, language, token_mask)
         return project(project(vision, "vision") * gathered, "mix")
 
@@ -79,9 +88,10 @@ class LAVT(nn.Module):
         cfg = self.config
         self.swin = Swin(cfg.swin, dtype=self.dtype)
         self.bert = Bert(cfg.bert, dtype=self.dtype)
-        self.fusions = [PWAM(heads, self.dtype) for heads in cfg.fusion_heads]
+        draws = DRAWS[cfg.draws]
+        self.fusions = [PWAM(heads, self.dtype, draws) for heads in cfg.fusion_heads]
         self.gates = [GatedResidual(self.dtype, cfg.shut_gates) for _ in cfg.fusion_heads]
-        self.decoder = MaskDecoder(self.dtype)
+        self.decoder = MaskDecoder(self.dtype, draws.decoder)
 
     def __call__(
         self, image: jax.Array, tokens: jax.Array, token_mask: jax.Array, train: bool = False

@@ -65,7 +65,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {"clip": ("vision", "text")}
 
 def _differs(run: str, config: ml_collections.ConfigDict) -> str:
     """In which of the model's fields a run differs, but for what its parameters do not tell of."""
-    training = ("dropout", "drop_path", "dtype", "remat", "cudnn")
+    training = ("dropout", "drop_path", "dtype", "remat", "cudnn", "draws", "shut_gates")
     changed = [
         field
         for field in checkpoint.changed_fields(checkpoint.read_config(run), config)

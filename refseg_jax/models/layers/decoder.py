@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refseg_jax.models.layers.draws import FLAX
 from refseg_jax.models.layers.layer_norm import LayerNorm
 from refseg_jax.models.layers.norms import EPSILON, BatchNorm
 from refseg_jax.models.layers.resize import resize_bilinear, resized_conv
@@ -19,12 +20,13 @@ class JoiningConv(nn.Module):
 
     dim: int
     dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = FLAX
 
     @nn.compact
     def __call__(self, coarse: jax.Array, fine: jax.Array) -> jax.Array:
         C = coarse.shape[-1]
         shape = (3, 3, C + fine.shape[-1], self.dim)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         y = jax.lax.conv_general_dilated(
             fine, kernel[:, :, C:], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -41,16 +43,16 @@ class ConvBlock(nn.Module):
     dim: int
     dtype: jnp.dtype = jnp.float32
     relu_first: bool = False
+    kernel_init: nn.initializers.Initializer = FLAX
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, coarse: jax.Array | None = None) -> jax.Array:
         for i in (1, 2):
-            name = f"conv{i}"
+            how = dict(dtype=self.dtype, kernel_init=self.kernel_init, name=f"conv{i}")
             if i == 1 and coarse is not None:
-                x = JoiningConv(self.dim, self.dtype, name=name)(coarse, x)
+                x = JoiningConv(self.dim, **how)(coarse, x)
             else:
-                bias = self.relu_first
-                x = nn.Conv(self.dim, (3, 3), use_bias=bias, dtype=self.dtype, name=name)(x)
+                x = nn.Conv(self.dim, (3, 3), use_bias=self.relu_first, **how)(x)
             norm = BatchNorm(dtype=self.dtype, name=f"norm{i}")
             x = norm(nn.relu(x), train) if self.relu_first else nn.relu(norm(x, train))
         return x
@@ -114,6 +116,7 @@ class MaskDecoder(nn.Module):
     """
 
     dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = FLAX
 
     @nn.compact
     def __call__(
@@ -131,10 +134,11 @@ class MaskDecoder(nn.Module):
         ]
         x = maps.pop()
         dim = x.shape[-1] // 2
+        how = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         while maps:
-            block = ConvBlock(dim, self.dtype, name=f"from{len(maps) + 1}")
+            block = ConvBlock(dim, **how, name=f"from{len(maps) + 1}")
             x = block(maps.pop(), train, coarse=x)
-        classifier = nn.Conv(2, (1, 1), dtype=self.dtype, name="classifier")
+        classifier = nn.Conv(2, (1, 1), **how, name="classifier")
         class_logits = classifier(x).astype(jnp.float32)
         params = classifier.variables["params"]
         logits = class_difference(x, params["kernel"][0, 0], params["bias"])

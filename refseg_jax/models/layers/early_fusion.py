@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refseg_jax.models.layers.dense import Dense, Weights
+from refseg_jax.models.layers.draws import Draws
 from refseg_jax.models.layers.norms import instance_norm, instance_statistics
 
 
@@ -30,12 +31,14 @@ class PixelWordAttention(nn.Module):
         dim: joint width of queries, keys and values.
         heads: attention heads.
         scale: of the dot products; None for 1 / sqrt(dim / heads).
+        draws: how its layers start.
     """
 
     dim: int
     heads: int = 1
     scale: float | None = None
     dtype: jnp.dtype = jnp.float32
+    draws: Draws = Draws()
 
     @nn.compact
     def __call__(self, vision: jax.Array, language: jax.Array, token_mask: jax.Array) -> jax.Array:
@@ -50,15 +53,15 @@ class PixelWordAttention(nn.Module):
             [B,S,C].
         """
 
-        def dense(width: int, name: str) -> Dense:
-            return Dense(width, dtype=self.dtype, name=name)
+        def dense(name: str, init: nn.initializers.Initializer) -> Dense:
+            return Dense(self.dim, dtype=self.dtype, kernel_init=init, name=name)
 
         B, _, C = vision.shape
         width = self.dim // self.heads
-        query = dense(self.dim, "query")(vision)
+        query = dense("query", self.draws.pixels)(vision)
         mean, factor = instance_statistics(query)
         scale = width**-0.5 if self.scale is None else self.scale
-        keys = dense(self.dim, "key")(language).astype(jnp.float32) * factor * scale
+        keys = dense("key", self.draws.words)(language).astype(jnp.float32) * factor * scale
         # [B,heads,T,dim], with zeros in the place of the other heads' channels.
         own = jnp.asarray(np.kron(np.eye(self.heads), np.ones(width))[:, None], self.dtype)
         keys = keys.astype(self.dtype)[:, None] * own
@@ -70,8 +73,9 @@ class PixelWordAttention(nn.Module):
         logits = jnp.where(token_mask[:, None, :, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, 2).astype(self.dtype)
         # A bias is the same in all pixels, and the norm takes it away.
-        out, _ = Weights(C, dtype=self.dtype, name="out")(self.dim)
-        values = dense(self.dim, "value")(language).reshape(B, -1, self.heads, width)
+        out = Weights(C, dtype=self.dtype, kernel_init=self.draws.pixels, name="out")
+        out, _ = out(self.dim)
+        values = dense("value", self.draws.words)(language).reshape(B, -1, self.heads, width)
         values = jnp.einsum("bthd,hdc->bhtc", values, out.reshape(self.heads, width, C))
         return instance_norm(jnp.einsum("bhtn,bhtc->bnc", weights, values))
 
