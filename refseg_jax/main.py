@@ -42,6 +42,13 @@ def parse_flags(argv: list[str]) -> list[str]:
             ours = pathlib.Path(__file__).resolve().parents[1] / "configs/alignformer.py"
             raise UserError(f"there is no config file {file}; one is {ours}")
         flags.FLAGS.config.lock()  # A config that could not be loaded says so at its first use.
+        given = config_flags.get_override_values(flags.FLAGS["config"])
+        epochs_alone = "train.epochs" in given and "train.steps" not in given
+        if epochs_alone and (steps := flags.FLAGS.config.train.steps):
+            raise UserError(
+                f"--config.train.epochs={given['train.epochs']} would change nothing, as this "
+                f"config has train.steps={steps}: give --config.train.steps=0 besides"
+            )
         if len(remaining) > 1:
             raise UserError(f"unexpected argument {remaining[1]!r}")
         check_processes(*process_flags())

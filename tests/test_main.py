@@ -40,6 +40,7 @@ def main(*arguments, cwd=REPO, **env):
         (["--config", "configs/alignformer.py", "--config.optim.rl=1"], "has no field 'rl'"),
         (["--config", "configs/alignformer.py", "--config.optm.lr=1"], 'Did you mean "optim"'),
         (["--config", "configs/alignformer.py", "--config.optim.lr=fast"], "fast"),
+        (["--config", "configs/alignformer.py", "--config.train.epochs=2"], "train.steps=3750: gi"),
         (["--config", "configs/alignformer.py", "--workdri=x"], "workdri"),
         (["--config", "configs/alignformer.py", "train"], "unexpected argument 'train'"),
         (["--config", "configs/alignformer.py:refcoco", "--config.data.root=nowhere",
