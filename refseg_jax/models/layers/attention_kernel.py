@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refseg_jax.models.layers.dropout import kept, words_of
 from refseg_jax.registers import LANES, product, traced_once
-from refseg_jax.sharding import divides_samples, kernel_places
+from refseg_jax.sharding import divides_samples, kernel_places, on_gpus
 
 # A step takes as many heads as fill the lanes of a register, all their keys, and as many queries as
 # keep a head's logits at about LOGITS at most. The backward pass also holds the gradients of all
@@ -35,10 +35,14 @@ def self_attention(
     the probability `dropout`, for which it needs the random `key`, and the others divided by what
     is left of 1. In the dtype of `q`; logits and softmax are float32. On a TPU, bfloat16 arrays
     that fill its registers go through a kernel where T = N, in which logits never leave the chip;
-    XLA writes them to memory.
+    XLA writes them to memory, on a GPU in the dtype of `q`.
     """
     words = words_of(key, (len(q), heads)) if dropout else jnp.zeros((len(q), heads, 2), jnp.int32)
-    plain = functools.partial(attend, heads=heads, dropout=dropout, causal=causal)
+    form = attend_on_gpu if on_gpus() else attend
+
+    def plain(q, k, v, words):
+        return form(q, k, v, words, heads, dropout, causal)
+
     if q.shape == k.shape and fits_kernel(q, heads):
 
         def kernel(q, k, v, words):
@@ -59,20 +63,73 @@ def attend(
 ) -> jax.Array:
     """`self_attention` in XLA's operations."""
 
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], heads, -1)
+    by_head = functools.partial(_by_head, heads=heads)
+    logits = jnp.einsum(
+        "bnhd,bthd->bhnt", by_head(q), by_head(k), preferred_element_type=jnp.float32
+    )
+    weights = _dropped(_softmax(logits, causal), words, dropout).astype(q.dtype)
+    return jnp.einsum("bhnt,bthd->bnhd", weights, by_head(v)).reshape(q.shape)
 
-    logits = jnp.einsum("bnhd,bthd->bhnt", split(q), split(k), preferred_element_type=jnp.float32)
+
+def _by_head(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def _softmax(logits: jax.Array, causal: bool) -> jax.Array:
     if causal:
         logits = jnp.where(jnp.tri(*logits.shape[2:], dtype=bool), logits, -jnp.inf)
-    weights = jax.nn.softmax(logits)
-    if dropout:
-        query, key = (jnp.arange(n, dtype=jnp.int32) for n in logits.shape[2:])
-        first, second = words[..., 0, None, None], words[..., 1, None, None]
-        keep = kept(dropout, first, second, query[:, None], key)
-        weights = jnp.where(keep, weights / (1 - dropout), 0)
-    weights = weights.astype(q.dtype)
-    return jnp.einsum("bhnt,bthd->bnhd", weights, split(v)).reshape(q.shape)
+    return jax.nn.softmax(logits)
+
+
+def _dropped(weights: jax.Array, words: jax.Array, dropout: float) -> jax.Array:
+    """Weights, or their gradients, [B,heads,N,T] as dropout leaves them."""
+    if not dropout:
+        return weights
+    query, key = (jnp.arange(n, dtype=jnp.int32) for n in weights.shape[2:])
+    first, second = words[..., 0, None, None], words[..., 1, None, None]
+    keep = kept(dropout, first, second, query[:, None], key)
+    return jnp.where(keep, weights / (1 - dropout), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def attend_on_gpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    words: jax.Array,
+    heads: int,
+    dropout: float,
+    causal: bool = False,
+) -> jax.Array:
+    """`attend` as XLA's GPU compiler does it with the least traffic; see `window_attention.py`."""
+    return _on_gpu_forward(q, k, v, words, heads, dropout, causal)[0]
+
+
+def _on_gpu_forward(q, k, v, words, heads, dropout, causal):
+    q_by_head, k_by_head, v_by_head = (_by_head(x, heads) for x in (q, k, v))
+    logits = jnp.einsum("bnhd,bthd->bhnt", q_by_head, k_by_head).astype(jnp.float32)
+    weights = jax.lax.optimization_barrier(_softmax(logits, causal).astype(q.dtype))
+    y = jnp.einsum("bhnt,bthd->bnhd", _dropped(weights, words, dropout), v_by_head)
+    return y.reshape(q.shape), (q, k, v, words, weights, y)
+
+
+def _on_gpu_backward(heads, dropout, causal, saved, cotangent):
+    q, k, v, words, weights, y = saved
+    q_by_head, k_by_head, v_by_head = (_by_head(x, heads) for x in (q, k, v))
+    cotangent = _by_head(cotangent, heads)
+    of_weights = jnp.einsum("bnhd,bthd->bhnt", cotangent, v_by_head).astype(jnp.float32)
+    of_weights = _dropped(of_weights, words, dropout)
+    mean = (cotangent.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    of_logits = weights.astype(jnp.float32) * (of_weights - mean[..., None])
+    # Without the barrier XLA would have it in float32, too.
+    of_logits = jax.lax.optimization_barrier(of_logits.astype(q.dtype))
+    of_q = jnp.einsum("bhnt,bthd->bnhd", of_logits, k_by_head)
+    of_k = jnp.einsum("bhnt,bnhd->bthd", of_logits, q_by_head)
+    of_v = jnp.einsum("bhnt,bnhd->bthd", _dropped(weights, words, dropout), cotangent)
+    return of_q.reshape(q.shape), of_k.reshape(k.shape), of_v.reshape(v.shape), None
+
+
+attend_on_gpu.defvjp(_on_gpu_forward, _on_gpu_backward)
 
 
 def fits_kernel(q: jax.Array, heads: int) -> bool:
